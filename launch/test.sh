@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes .venv, installs the package with its test extra, and runs the tests.
+# Arguments go to pytest: bash launch/test.sh -k saliency
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup_venv.sh
+setup_venv '.[test]'
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,63 @@
+"""The `lwd` command. Each file of this folder is one thin command with `SUMMARY`, `EXAMPLE`, `arguments(parser)`, `run(args)`."""
+
+import argparse
+import importlib
+import sys
+
+from lwd_jax.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "quickstart": "both stages, sampling, export and a report, on real photographs that ship with the dependencies",
+    "prepare": "a folder of pictures and captions -> a dataset",
+    "encode": "a dataset -> latents and text states",
+    "train": "train either stage; the same command resumes",
+    "sample": "pictures from a diffusers folder or a workdir",
+    "export": "a workdir -> a diffusers folder",
+    "import": "a diffusers folder -> a workdir to start from",
+    "inspect": "saliency, masks over time and spectra of pictures, as pictures",
+    "doctor": "versions, devices, disk, dataset and config sanity",
+}
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of one command; importing this package alone imports no model code."""
+    module = importlib.import_module(f"lwd_jax.cli.{name}_" if name == "import" else f"lwd_jax.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"lwd {name}",
+        description=module.__doc__,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return f"usage: lwd COMMAND ...\n\n{rows}\n\n`lwd COMMAND --help` shows a command's arguments and an example."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the exit status: 0 done, 2 the user's mistake, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"There is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
+        args, rest = parser_of(argv[0]).parse_known_args(argv[1:])
+        overrides = [a for a in rest if a.startswith("--config.")]
+        unknown = [a for a in rest if a not in overrides]
+        if unknown or (overrides and not hasattr(args, "config")):
+            raise UserError(f"lwd {argv[0]} does not know {' '.join(unknown or overrides)}; see lwd {argv[0]} --help.")
+        args.overrides = overrides
+        return args.run(args) or 0
+    except UserError as mistake:
+        print(f"lwd: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lwd: interrupted.", file=sys.stderr)
+        return 130

@@ -1,0 +1,232 @@
+"""The typed description of a run.
+
+`configs/*.py` return short ml_collections ConfigDicts; `load_config` turns one into the frozen dataclasses below, once,
+at the door. Every default lives here. A field that does not exist, has the wrong type or contradicts another is a
+UserError that says what was meant.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lwd_jax.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models come from. A path is a diffusers folder or the workdir of an earlier run; "" = random weights."""
+
+    autoencoder: str = ""
+    autoencoder_variant: str = "sd3"  # a row of autoencoders.kl.VARIANTS; a folder must agree with it
+    backbone: str = ""
+    backbone_variant: str = "sd3-medium"  # a row of backbones.sd3.VARIANTS; a folder must agree with it
+    ema: bool = True  # of a workdir, take the averaged weights
+
+
+@dataclass(frozen=True)
+class Data:
+    dataset: str = ""  # made by `lwd prepare`; stage 1 reads pictures from it
+    latents: str = ""  # made by `lwd encode`; stage 2 reads latents and text states from it
+    batch_size: int = 8  # pictures per step, over all devices and all accumulation steps
+    workers: int = 2  # processes that decode pictures; 0 = in this process
+    flip: bool = True  # random horizontal flips (stage 1)
+    buckets: bool = True  # keep aspect ratios: batches of one aspect bucket each; False = centre squares
+    held_out: int = 8  # pictures kept from training for previews and validation (the last ones of the dataset)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Stage 2: flow matching under the wavelet mask (Latent Wavelet Diffusion, arXiv 2506.00433)."""
+
+    saliency: str = "wavelet"  # or released_three_channels: the released code's map, for comparison only
+    wavelet: str = "haar"  # any PyWavelets name
+    levels: int = 1
+    source: str = "clean"  # clean: the map of z0 (paper); noisy: of z_t (released code)
+    mask: str = "time"  # time (paper), everywhere (baseline), soft
+    floor: float = 0.3
+    softness: float = 0.05  # width of the soft mask's step
+    normalise: str = "all"  # mean over all elements (paper), or over the supervised area
+    time_sampler: str = "logit_normal"  # uniform, logit_normal, mode, cosmap
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    weighting: str = "none"  # none, sigma_sqrt, cosmap
+    shift_rule: str = "static"  # none, static, dynamic (FLUX)
+    shift: float = 3.0
+    time_bins: int = 5  # for the metrics
+    caption_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Stage 1: scale-consistent autoencoder fine-tuning."""
+
+    distance: str = "l2"  # l2 or l1
+    alpha: float = 0.1  # weight of scale consistency
+    beta: float = 0.0  # weight of the KL term
+    lpips: float = 0.05  # weight of LPIPS-VGG; needs the extra [lpips]
+    scales: tuple[int, ...] = (2, 4)  # drawn per step
+    sample_posterior: bool = True  # decode a sample of the posterior; False: its mean
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"  # adamw, adafactor, lion, prodigy, muon, schedule_free_adamw
+    learning_rate: float = 1e-5
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0  # global gradient norm; 0 = off
+    schedule: str = "constant"  # constant, cosine, linear
+    warmup: int = 500
+    accumulate: int = 1  # gradient accumulation steps within one training step
+    freeze: tuple[str, ...] = ()  # path patterns (regular expressions, searched) that do not train
+    train_only: tuple[str, ...] = ()  # if given, only these patterns train
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices per axis; -1 = what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int = 10_000
+    ema: float = 0.9998  # decay; 0 = no average
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 3  # checkpoints
+    preview_every: int = 500  # 0 = never
+    preview_prompts: tuple[str, ...] = ()  # stage 2; () = the captions of held-out pictures
+    nonfinite_limit: int = 10  # consecutive non-finite steps before the run is ended by name
+    profile_start: int = -1
+    profile_stop: int = -1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    solver: str = "euler"  # euler, heun
+    steps: int = 28
+    guidance: float = 5.0  # classifier-free guidance scale; 1 = off
+    shift: float = 3.0
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""
+    stage: int = 2
+    seed: int = 0
+    resolution: int = 1024  # px; the side of a square picture, and the area of the other aspect buckets
+    dtype: str = "bfloat16"  # of matrix products and activations
+    param_dtype: str = "float32"  # of master weights
+    remat: str = "full"  # none, attention (save attention outputs), full
+    models: Models = field(default_factory=Models)
+    data: Data = field(default_factory=Data)
+    matching: Matching = field(default_factory=Matching)
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    training: Training = field(default_factory=Training)
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+_CHOICES = {
+    "stage": (1, 2),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "attention", "full"),
+    "matching.source": ("clean", "noisy"),
+    "matching.normalise": ("all", "supervised"),
+    "matching.shift_rule": ("none", "static", "dynamic"),
+    "reconstruction.distance": ("l2", "l1"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+}
+# Sections that mean nothing in a stage: setting one there is a contradiction, not a default.
+_UNUSED_SECTIONS = {1: ("matching", "sampling"), 2: ("reconstruction",)}
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"There is no config field '{where}{key}'.{did_you_mean(key, fields)}")
+    return cls(**{key: _convert(fields[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(spec: dataclasses.Field, value: Any, name: str):
+    default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+    if dataclasses.is_dataclass(default):
+        if not isinstance(value, Mapping):
+            raise UserError(f"Config field '{name}' is a section of fields, but {value!r} was given.")
+        return _build(type(default), value, f"{name}.")
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(f"Config field '{name}' must be of type {type(default).__name__}, but {value!r} was given.")
+    return value
+
+
+def _get(config: Config, dotted: str):
+    value = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check(config: Config, given: Mapping[str, Any]) -> None:
+    for name, choices in _CHOICES.items():
+        value = _get(config, name)
+        if value not in choices:
+            near = did_you_mean(str(value), [str(c) for c in choices])
+            raise UserError(f"Config field '{name}' cannot be {value!r}.{near}")
+    for section in _UNUSED_SECTIONS[config.stage]:
+        if section in given:
+            raise UserError(f"Config section '{section}' has no effect in stage {config.stage}; remove it.")
+    if not 0 < config.matching.floor < 1:
+        raise UserError(f"Config field 'matching.floor' must lie in (0, 1), but it is {config.matching.floor}.")
+    if config.data.batch_size % config.optimizer.accumulate:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} does not divide into optimizer.accumulate "
+            f"{config.optimizer.accumulate} parts."
+        )
+    for name in ("data.batch_size", "optimizer.accumulate", "training.steps", "resolution", "matching.levels"):
+        if _get(config, name) < 1:
+            raise UserError(f"Config field '{name}' must be at least 1, but it is {_get(config, name)}.")
+    if config.resolution % 16:
+        raise UserError(f"Config field 'resolution' must be a multiple of 16, but it is {config.resolution}.")
+    if not 0 <= config.training.ema < 1:
+        raise UserError(f"Config field 'training.ema' must lie in [0, 1), but it is {config.training.ema}.")
+    if list(vars(config.mesh).values()).count(-1) > 1:
+        raise UserError("Only one axis of 'mesh' can be -1 (what is left).")
+
+
+def load_config(values: Any) -> Config:
+    """The frozen Config of an ml_collections ConfigDict or a plain (nested) mapping.
+
+    Raises:
+      UserError: an unknown field (with the nearest known one), a wrong type, a value out of range, a contradiction.
+    """
+    values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    config = _build(Config, values, "")
+    _check(config, values)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The resolved config, every field written out; `load_json` reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def load_json(text: str) -> Config:
+    """Inverse of `to_json`."""
+    return _build(Config, json.loads(text), "")

@@ -1,0 +1,1 @@
+"""What two models share: layers, attention, positions, modulation, conditioning."""
