@@ -1,4 +1,6 @@
-"""The `lwd` command. Each file of this folder is one thin command with `SUMMARY`, `EXAMPLE`, `arguments(parser)`, `run(args)`."""
+"""The `lwd` command. Each file of this folder is one thin command of `EXAMPLE`,
+`arguments(parser)` and `run(args)`; its docstring is the description that `--help` prints.
+"""
 
 import argparse
 import importlib

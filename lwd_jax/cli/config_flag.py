@@ -46,5 +46,7 @@ def read_config(path: str, overrides: list[str]) -> Config:
         target = values
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{override}: '{section}' is not a section of fields.")
         target[field] = _value(text)
     return load_config(values)

@@ -1,0 +1,81 @@
+"""The door: what a config may say, and the one sentence it gets back when it is wrong."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from lwd_jax.cli import main
+from lwd_jax.cli.config_flag import read_config
+from lwd_jax.config import Config, load_config, load_json, to_json
+from lwd_jax.errors import UserError
+
+
+def test_defaults_resolve_and_round_trip():
+    config = load_config({})
+    assert config == Config()
+    assert load_json(to_json(config)) == config
+
+
+def test_config_dict_and_nested_values():
+    values = ml_collections.ConfigDict({"stage": 1, "reconstruction": {"scales": (2,), "alpha": 1}})
+    config = load_config(values)
+    assert config.reconstruction.scales == (2,) and config.reconstruction.alpha == 1.0
+    assert load_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"optimiser": {}}, ["optimiser", "Did you mean 'optimizer'"]),
+        ({"optimizer": {"learnign_rate": 1e-4}}, ["optimizer.learnign_rate", "Did you mean 'learning_rate'"]),
+        ({"dtype": "bfloat"}, ["dtype", "bfloat16"]),
+        ({"stage": 3}, ["stage"]),
+        ({"data": {"batch_size": "8"}}, ["data.batch_size", "int"]),
+        ({"data": 8}, ["data", "section"]),
+        ({"stage": 1, "matching": {"floor": 0.2}}, ["matching", "stage 1"]),
+        ({"stage": 2, "reconstruction": {"alpha": 0.2}}, ["reconstruction", "stage 2"]),
+        ({"matching": {"floor": 1.0}}, ["floor", "(0, 1)"]),
+        ({"data": {"batch_size": 6}, "optimizer": {"accumulate": 4}}, ["batch_size 6", "accumulate 4"]),
+        ({"resolution": 1000}, ["resolution", "16"]),
+        ({"mesh": {"data": -1, "fsdp": -1}}, ["mesh"]),
+        ({"training": {"ema": 1.0}}, ["ema"]),
+    ],
+)
+def test_mistakes_are_one_sentence_that_names_the_field(values, words):
+    with pytest.raises(UserError) as caught:
+        load_config(values)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_every_default_is_immutable():
+    for spec in dataclasses.fields(Config):
+        value = getattr(Config(), spec.name)
+        if dataclasses.is_dataclass(value):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(value, dataclasses.fields(value)[0].name, 0)
+
+
+def test_overrides_from_the_command_line(tmp_path):
+    file = tmp_path / "run.py"
+    file.write_text(
+        "import ml_collections\n"
+        "def get_config():\n    return ml_collections.ConfigDict({'stage': 2, 'optimizer': {'warmup': 10}})\n"
+    )
+    overrides = ["--config.optimizer.learning_rate=1e-3", "--config.data.flip=false", "--config.matching.mask=soft"]
+    config = read_config(str(file), overrides)
+    assert config.optimizer.learning_rate == 1e-3 and config.optimizer.warmup == 10
+    assert config.data.flip is False and config.matching.mask == "soft"
+    with pytest.raises(UserError, match="Did you mean 'warmup'"):
+        read_config(str(file), ["--config.optimizer.warmpu=3"])
+    with pytest.raises(UserError, match="section"):
+        read_config(str(file), ["--config.optimizer.warmup.x=3"])
+    with pytest.raises(UserError, match="no config file"):
+        read_config(str(tmp_path / "other.py"), [])
+
+
+def test_the_command_frame(capsys):
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'" in capsys.readouterr().err
