@@ -1,0 +1,113 @@
+"""What a model's file ends in, and how any such model is built, read and saved."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lwd_jax.errors import UserError
+from lwd_jax.weights.folder import Tensors, read_config, write_folder
+from lwd_jax.weights.table import read, write
+
+_INIT_RESOLUTION = 64  # px; parameter shapes do not depend on it
+
+
+class Model(NamedTuple):
+    """One model family: `backbones.sd3.BACKBONE`, `autoencoders.kl.AUTOENCODER`.
+
+    Attributes:
+      class_name: diffusers' name of it, "_class_name" in config.json.
+      variants: name -> Config, the rows of sizes.
+      build: (config, dtype=float32, param_dtype=float32, remat="none") -> Linen module.
+      rows: config -> the weights table, a list of Row.
+      from_foreign: diffusers config dict -> Config; UserError on anything that is not supported.
+      to_foreign: Config -> the full diffusers config dict.
+      inputs: (config, resolution in px, batch) -> the arguments of the module, as ShapeDtypeStructs.
+    """
+
+    class_name: str
+    variants: dict[str, Any]
+    build: Callable
+    rows: Callable
+    from_foreign: Callable
+    to_foreign: Callable
+    inputs: Callable
+
+
+def _initialiser(model: Model, config, param_dtype) -> Callable:
+    module = model.build(config, param_dtype=param_dtype)
+    inputs = model.inputs(config, _INIT_RESOLUTION, 1)
+
+    def init(key):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        return module.init(key, *zeros)["params"]
+
+    return init
+
+
+def abstract_params(model: Model, config, param_dtype=jnp.float32):
+    """The parameter tree as ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(_initialiser(model, config, param_dtype), jax.random.key(0))
+
+
+def init_params(model: Model, config, key: jax.Array, dtype=jnp.float32, *, shardings=None):
+    """Random parameters of the given dtype, made where `shardings` (a tree, or None for the default device) puts them."""
+    return jax.jit(_initialiser(model, config, dtype), out_shardings=shardings)(key)
+
+
+def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
+    """The model folder itself: `folder`, or its `subfolder` where `folder` is a whole pipeline (has a model_index.json)."""
+    folder = Path(folder)
+    return folder / subfolder if (folder / "model_index.json").is_file() else folder
+
+
+def load(
+    models: Mapping[str, Model],
+    folder: str | os.PathLike,
+    *,
+    subfolder: str = "",
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat: str = "none",
+    shardings=None,
+) -> tuple[nn.Module, Any]:
+    """Reads a diffusers folder, parameter by parameter.
+
+    Args:
+      models: class name -> Model, those that may be there.
+      folder: of the model, or of a pipeline that has it in `subfolder`.
+      dtype: of matrix products and activations.
+      param_dtype: of the parameters.
+      remat: the module's remat policy.
+      shardings: a tree like the parameters, or a function from the abstract parameters to one; None = default device.
+
+    Returns:
+      (module, params).
+
+    Raises:
+      UserError: no such folder, a pickle, a checkpoint of another model, or one that the table does not cover exactly.
+    """
+    folder = find_folder(folder, subfolder)
+    foreign = read_config(folder)
+    found = foreign.get("_class_name")
+    if found not in models:
+        raise UserError(f"{folder} holds a model of class {found}, but {' or '.join(models)} was expected.")
+    model = models[found]
+    config = model.from_foreign(foreign)
+    module = model.build(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    abstract = abstract_params(model, config, param_dtype)
+    places = shardings(abstract) if callable(shardings) else shardings
+    try:
+        return module, read(model.rows(config), Tensors(folder), abstract, shardings=places)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def save(model: Model, folder: str | os.PathLike, module: nn.Module, params, *, dtype=None, max_shard_bytes: float = 5e9) -> None:
+    """Writes a diffusers folder that `load` and diffusers' from_pretrained read. See `write_folder`."""
+    foreign = {"_class_name": model.class_name} | model.to_foreign(module.config)
+    write_folder(folder, foreign, write(model.rows(module.config), params), max_shard_bytes, dtype)
