@@ -1,0 +1,1 @@
+"""Figures of merit that need no network: spectra, PSNR, SSIM."""
