@@ -1,0 +1,93 @@
+"""The device mesh and which part of a batch each process feeds."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from lwd_jax import config as configs
+from lwd_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")  # what the first axis of a batch is split over
+
+
+def mesh_shape(config: configs.Mesh, devices: int) -> tuple[int, ...]:
+    """Devices per axis, with the -1 filled in.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(config)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    written = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if known < 1 or devices % known:
+        raise UserError(f"The mesh ({written}) does not divide the {devices} devices there are.")
+    shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    if math.prod(shape) != devices:
+        raise UserError(
+            f"The mesh ({written}) uses {math.prod(shape)} of {devices} devices; set one axis to -1 to use what is left."
+        )
+    return shape
+
+
+def make_mesh(config: configs.Mesh, devices=None) -> Mesh:
+    """The mesh (data, fsdp, context, tensor) over all devices, or those given.
+
+    `jax.sharding.Mesh` makes Auto axes, where the compiler places the intermediate values; `jax.make_mesh` would make
+    Explicit ones. Neighbours in the last axes are neighbours in the machine: tensor and context talk most. Slices of a
+    multi-slice job are told apart along `data`, the axis that talks least.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices, or `data` does not divide into the slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        grid = np.asarray(devices).reshape(shape)
+    elif slices > 1:
+        if shape[0] % slices:
+            raise UserError(f"mesh.data is {shape[0]}, which does not divide over the {slices} slices there are.")
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts the first axis of a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def part_of_process(processes: np.ndarray, process: int) -> tuple[int, int]:
+    """(index, count): the part of every global batch that one process reads.
+
+    Processes that share a row of the mesh along `context` or `tensor` hold the same pictures and read the same part.
+
+    Args:
+      processes: [data fsdp context tensor], the process index of every device of the mesh.
+      process: which one.
+
+    Raises:
+      UserError: the pictures of the processes overlap without being the same.
+    """
+    rows = processes.reshape(processes.shape[0] * processes.shape[1], -1)
+    held = {int(p): tuple(np.flatnonzero((rows == p).any(axis=1))) for p in np.unique(rows)}
+    parts = sorted(set(held.values()))
+    if sorted(row for part in parts for row in part) != list(range(len(rows))) or len(set(map(len, parts))) != 1:
+        raise UserError("The mesh splits one process's pictures over another's; put fewer devices on context or tensor.")
+    if [row for part in parts for row in part] != list(range(len(rows))):
+        raise UserError("The mesh interleaves the pictures of the processes; put the processes on one axis of the mesh.")
+    return parts.index(held[process]), len(parts)
+
+
+def process_part(mesh: Mesh) -> tuple[int, int]:
+    """`part_of_process` for this process."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return part_of_process(processes, jax.process_index())

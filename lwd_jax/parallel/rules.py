@@ -1,0 +1,109 @@
+"""Parameter and batch layouts: tables of path patterns; the first match wins, no match raises.
+
+A layout names, for every axis counted from the last, the mesh axes it is split over. Leading axes that a rule does not
+name (the layers of scanned blocks) are never split: the scan walks along them.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lwd_jax.errors import UserError
+from lwd_jax.parallel.mesh import BATCH_AXES, batch_parts
+
+SMALL = 1 << 20  # bytes; a parameter below this may be whole on every device when its sizes do not divide
+
+
+class Rule(NamedTuple):
+    """Layouts of the last axes, the first that divides is taken; () is whole on every device."""
+
+    pattern: str  # searched in "a/b/c"
+    layouts: tuple[tuple, ...]
+
+
+# Dense kernels are [.., in, out]: `fsdp` splits one axis, `tensor` the axis that is made of heads or hidden units, so
+# that a pair (q k v -> out, up -> down) needs one sum over `tensor`. Convolutions are [kh, kw, in, out].
+_COLUMN = (("fsdp", "tensor"), ("fsdp", None), (None, "fsdp"))
+_ROW = (("tensor", "fsdp"), (None, "fsdp"), ("fsdp", None))
+_PLAIN = (("fsdp", None), (None, "fsdp"))
+_CONV = ((None, None, "fsdp", "tensor"), (None, None, "fsdp", None), (None, None, None, "fsdp"))
+RULES = (
+    Rule(r"(^|/)(bias|scale)$", ((),)),
+    Rule(r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$", _PLAIN),
+    Rule(r"(^|/)(\w+_)?(q|k|v|up|gate|modulation)/kernel$", _COLUMN),
+    Rule(r"(^|/)(\w+_)?(out|down)/kernel$", _ROW),
+    Rule(r"(^|/)[^/]*conv[^/]*/kernel$", _CONV),
+    Rule(r"(^|/)kernel$", _PLAIN),
+)
+
+
+def path_string(path) -> str:
+    """`a/b/c` of a jax key path through nested dicts and named tuples."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _divides(shape: tuple[int, ...], layout: tuple, mesh: Mesh) -> bool:
+    sizes = shape[len(shape) - len(layout) :]
+    return all(axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(sizes, layout))
+
+
+def spec_of(path: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> PartitionSpec:
+    """The PartitionSpec of one parameter.
+
+    Raises:
+      UserError: no rule names the path, or a parameter of SMALL bytes or more does not divide by the mesh.
+    """
+    for rule in RULES:
+        if not re.search(rule.pattern, path):
+            continue
+        for layout in rule.layouts:
+            if len(layout) <= len(shape) and _divides(shape, layout, mesh):
+                return PartitionSpec(*(None,) * (len(shape) - len(layout)), *layout)
+        if math.prod(shape) * itemsize < SMALL:
+            return PartitionSpec()
+        raise UserError(
+            f"Parameter '{path}' {tuple(shape)} does not divide over the mesh axis fsdp ({mesh.shape['fsdp']}); choose "
+            "a mesh whose sizes divide the model's."
+        )
+    raise UserError(f"No sharding rule names the parameter '{path}'; add a row to lwd_jax/parallel/rules.py.")
+
+
+def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a parameter tree (arrays or ShapeDtypeStructs)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_string(path), leaf.shape, leaf.dtype.itemsize, mesh)),
+        abstract_params,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Layouts of a batch: the first axis over (data, fsdp); the height of pictures and latents over context.
+
+    A bucket whose height does not divide by context is split along its width; if that does not divide either it is
+    whole along both.
+
+    Raises:
+      UserError: the batch does not divide over data x fsdp.
+    """
+    shardings = {}
+    for name, leaf in batch.items():
+        if leaf.shape[0] % batch_parts(mesh):
+            raise UserError(
+                f"A batch of {leaf.shape[0]} pictures does not divide over data x fsdp = {batch_parts(mesh)} devices."
+            )
+        spatial = ()
+        if len(leaf.shape) == 4:
+            context = mesh.shape["context"]
+            height, width = leaf.shape[1:3]
+            spatial = ("context",) if height % context == 0 else (None, "context") if width % context == 0 else ()
+        shardings[name] = NamedSharding(mesh, PartitionSpec(BATCH_AXES, *spatial))
+    return shardings

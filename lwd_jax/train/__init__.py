@@ -1,0 +1,1 @@
+"""One training step for both stages, its state, its checkpoints and the loop around it."""

@@ -1,0 +1,128 @@
+"""The one training step, for any loss `(params, batch, keys) -> (scalar, metrics)`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lwd_jax import config as configs
+from lwd_jax.train.optimizer import SCHEDULE_FREE, learning_rate, make_optimizer
+from lwd_jax.train.state import State, float32, merge, split
+
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict]]
+
+SUMMED = "_by_time"  # metrics whose names end so are sums (over pictures); all others are means
+
+
+def picture_keys(key: jax.Array, step: jax.Array, pictures: int) -> jax.Array:
+    """[B] keys, one per picture of the batch: fold_in(key, step), then one per position.
+
+    What is drawn for a picture depends on the seed, the step and its position, and on nothing else: not on the mesh, nor on the
+    number of accumulation steps.
+    """
+    return jax.random.split(jax.random.fold_in(key, step), pictures)
+
+
+def add_metrics(total: dict, part: dict, weight: float) -> dict:
+    """`total` + one part of the batch: sums are added, means are added with their weight."""
+    return {name: total[name] + (part[name] if name.endswith(SUMMED) else weight * part[name]) for name in total}
+
+
+def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, keys: jax.Array, parts: int):
+    """Gradient and metrics of the whole batch, computed in `parts` parts one after the other.
+
+    The parts are interleaved (part i takes pictures i, i + parts, ..), so that a batch split over devices stays where it lies.
+
+    Returns:
+      (gradient in float32, metrics); both are means over the batch, metrics named SUMMED sums.
+    """
+
+    def of_part(trainable, batch, keys):
+        value, metrics = loss(merge(frozen, trainable), batch, keys)
+        return value, {**metrics, "loss": value}
+
+    gradient = jax.grad(of_part, has_aux=True)
+    if parts == 1:
+        gradients, metrics = gradient(trainable, batch, keys)
+        return float32(gradients), metrics
+
+    interleaved = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
+    )
+    shapes = jax.eval_shape(gradient, trainable, *jax.tree.map(lambda x: x[0], interleaved))[1]
+
+    def body(total, part):
+        gradients, metrics = gradient(trainable, *part)
+        gradients = jax.tree.map(lambda t, g: t + g.astype(jnp.float32) / parts, total[0], gradients)
+        return (gradients, add_metrics(total[1], metrics, 1 / parts)), None
+
+    zeros = (
+        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable),
+        jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes),
+    )
+    return jax.lax.scan(body, zeros, interleaved)[0]
+
+
+def clip(gradients: Any, norm: jax.Array, limit: float) -> Any:
+    """Gradients scaled so that their global norm is at most `limit`; 0 = as they are (Pascanu et al. 2013, Algorithm 1)."""
+    if limit == 0:
+        return gradients
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
+    return jax.tree.map(lambda g: g * scale, gradients)
+
+
+def _average(config: configs.Config, old: Any, trainable: Any, opt_state: Any) -> Any:
+    if config.optimizer.name == SCHEDULE_FREE:
+        return optax.contrib.schedule_free_eval_params(opt_state, trainable)
+    decay = config.training.ema
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old, trainable)
+
+
+def keeps_average(config: configs.Config) -> bool:
+    """Whether the state has an average: an EMA, or schedule-free AdamW's own."""
+    return config.training.ema > 0 or config.optimizer.name == SCHEDULE_FREE
+
+
+def make_step(loss: Loss, trained: frozenset[str], config: configs.Config) -> Callable:
+    """`(state, batch, key) -> (state, metrics)`; to be jitted with the state donated.
+
+    A step whose loss or gradient norm is not finite leaves the state as it was, but for the counters. The learning rate's
+    schedule counts the steps that were taken.
+
+    Metrics: the loss's own, `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `streak` (counters).
+    """
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    rate = learning_rate(config.optimizer, config.training.steps)
+
+    def step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
+        pictures = jax.tree.leaves(batch)[0].shape[0]
+        keys = picture_keys(key, state.step, pictures)
+        trainable, frozen = split(state.params, trained)
+        gradients, metrics = accumulated_gradient(
+            loss, trainable, frozen, batch, keys, config.optimizer.accumulate
+        )
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+        master = float32(trainable)
+        updates, opt_state = optimizer.update(clip(gradients, norm, config.optimizer.clip), state.opt_state, master)
+        master = optax.apply_updates(master, updates)
+        ema = _average(config, state.ema, master, opt_state) if keeps_average(config) else {}
+        moved = jax.tree.map(lambda new, old: new.astype(old.dtype), master, trainable)
+
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (moved, opt_state, ema), (trainable, state.opt_state, state.ema)
+        )
+        skipped = state.skipped + ~finite
+        streak = jnp.where(finite, 0, state.streak + 1)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": rate(state.step - state.skipped),
+            "skipped": skipped,
+            "streak": streak,
+        }
+        return State(state.step + 1, merge(frozen, kept[0]), kept[1], kept[2], skipped, streak), metrics
+
+    return step
