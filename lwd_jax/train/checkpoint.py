@@ -1,0 +1,324 @@
+"""Checkpoints: the complete state, the data position and the resolved config, saved by Orbax in the background.
+
+`workdir/checkpoints/<step>/` holds the items `params`, `ema` (if there is one), `rest` (optimizer, counters) and `run` (JSON).
+Orbax commits a step by renaming its folder, so that a killed run leaves whole steps only; it does not see bit rot, and
+a full disk shows only when the save is waited for. So a CRC-32 of every file is written into the committed step (MANIFEST) and
+compared before it is read, and `finish` waits and looks.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import threading
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from lwd_jax import config as configs
+from lwd_jax.errors import UserError
+from lwd_jax.train.state import State, flat, nested
+from lwd_jax.train.step import keeps_average
+
+MANIFEST = "crc32.json"
+FOLDER = "checkpoints"
+DAMAGED = "damaged"  # where a step that fails its manifest is put aside
+_BLOCK = 1 << 24
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# A run may be continued with another value of these; every other field changes what is computed.
+HARMLESS = re.compile(
+    r"^(name|remat|data\.workers|mesh\..*|sampling\..*"
+    r"|training\.(steps|log_every|save_every|keep|preview_every|preview_prompts|nonfinite_limit|profile_start|profile_stop))$"
+)
+
+log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """`state` on its mesh, and `data`, what `batches.state()` gave when it was saved."""
+
+    state: State
+    data: dict
+
+
+# ---------------------------------------------------------------------------------------------------- manifest
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _checksums(step: Path) -> dict[str, int]:
+    files = sorted(path for path in step.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(step)): _crc32(path) for path in files}
+
+
+def write_manifest(step: Path) -> None:
+    """CRC-32 of every file of a committed step, into its MANIFEST. A step removed meanwhile is left alone."""
+    try:
+        text = json.dumps(_checksums(step), indent=1)
+        partial = step / f".{MANIFEST}"
+        partial.write_text(text)
+        partial.replace(step / MANIFEST)
+    except FileNotFoundError:
+        log.info("checkpoint %s was removed before its manifest was written", step.name)
+
+
+def damage(step: Path) -> str:
+    """What is wrong with a step's files, or "": a name and what happened to it. Without a manifest (the run was killed in the
+    moment after the commit) nothing can be said against it."""
+    path = step / MANIFEST
+    if not path.is_file():
+        return ""
+    try:
+        expected = json.loads(path.read_text())
+    except ValueError:
+        return f"{MANIFEST} cannot be read"
+    found = _checksums(step)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected.get(name):
+            return f"{name} does not have the checksum it was saved with"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------ config
+
+
+def _fields(config: configs.Config | dict) -> dict[str, Any]:
+    values = config if isinstance(config, dict) else json.loads(configs.to_json(config))
+    return {name.replace("/", "."): value for name, value in flat(values).items()}
+
+
+def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
+    """Refuses to continue a run with another description of what is computed.
+
+    Raises:
+      UserError: names the field and both values. `training.steps` may change only where the learning rate does not depend on it.
+    """
+    old, new = _fields(saved), _fields(config)
+    for name in sorted(old.keys() | new.keys()):
+        same = old.get(name) == new.get(name)
+        bound = name == "training.steps" and config.optimizer.schedule != "constant"
+        if not same and (bound or not HARMLESS.match(name)):
+            raise UserError(
+                f"The run in {where} was started with {name} = {old.get(name)!r}, but the config now says "
+                f"{new.get(name)!r}; use a new --workdir for another run."
+            )
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"lwd_jax": importlib.metadata.version("lwd_jax"), "python": platform.python_version(), **versions}
+
+
+def _check_arrays(saved: Any, wanted: Any, step: Path) -> None:
+    """Orbax casts silently: compare names, shapes and dtypes of the parameters first."""
+    saved, wanted = flat(saved), flat(wanted)
+    for name in sorted(saved.keys() | wanted.keys()):
+        old, new = ((tuple(a.shape), str(a.dtype)) if a is not None else None for a in (saved.get(name), wanted.get(name)))
+        if old != new:
+            raise UserError(
+                f"{step} holds the parameter '{name}' as {old or 'nothing'}, but the model of this config has {new or 'none'}."
+            )
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: made if it is not there.
+      keep: how many of the newest to keep.
+    """
+
+    def __init__(self, workdir: Path, keep: int):
+        self.folder = Path(workdir).absolute() / FOLDER
+        self._keep = keep
+        self._unsealed: int | None = None
+        self._sealing: threading.Thread | None = None
+        self._open()
+
+    def _open(self) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The committed steps, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State, data: dict, config: configs.Config) -> None:
+        """Starts saving; returns when the state is copied to the host. A step that is there already is left as it is."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self.seal(wait=True)
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "rest": ocp.args.StandardSave(_rest(state)),
+            "run": ocp.args.JsonSave({"config": dataclasses.asdict(config), "data": data, "versions": _versions()}),
+        }
+        if keeps_average(config):
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._unsealed = step
+
+    def seal(self, wait: bool = False) -> None:
+        """Writes the manifest of a save that has been committed, in a thread; called once a step. `wait`: until it is written."""
+        if wait:
+            self._manager.wait_until_finished()
+        if self._unsealed is not None and not self._manager.is_saving_in_progress():
+            if jax.process_index() == 0:
+                self._sealing = threading.Thread(target=write_manifest, args=(self.folder / str(self._unsealed),))
+                self._sealing.start()
+            self._unsealed = None
+        if wait and self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+
+    def finish(self, step: int) -> None:
+        """Waits for the last save and looks whether it is there.
+
+        Raises:
+          UserError: it is not (the disk is full, say; Orbax does not always raise).
+        """
+        try:
+            self.seal(wait=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"The checkpoint of step {step} could not be written to {self.folder}: {error}") from error
+        if self._manager.latest_step() != step or not (self.folder / str(step)).is_dir():
+            raise UserError(f"The checkpoint of step {step} is not in {self.folder}; is the disk full?")
+
+    def close(self) -> None:
+        """Waits for what is being written and ends the background threads."""
+        self.seal(wait=True)
+        self._manager.close()
+
+    def preempted(self, step: int) -> bool:
+        """Whether a multi-host job has been told to stop (all hosts agree on the step)."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def restore(self, abstract: State, config: configs.Config) -> Restored | None:
+        """The newest sound step, on the mesh and with the layouts of `abstract`; None in a new workdir.
+
+        A damaged step is named in a warning and put aside into `damaged/`, and the one before it is used.
+
+        Raises:
+          UserError: another run's config, a model of other shapes or dtypes, or no sound step among those there.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            wrong = damage(self.folder / str(step))
+            if not wrong:
+                return self._restore(step, abstract, config)
+            self._put_aside(step, wrong)
+        if steps:
+            raise UserError(f"Every checkpoint of {self.folder.parent} is damaged; they are in {DAMAGED}/.")
+        return None
+
+    def _put_aside(self, step: int, wrong: str) -> None:
+        log.warning("checkpoint %s of %s is damaged (%s); going back to the one before", step, self.folder.parent, wrong)
+        self._manager.close()
+        if jax.process_index() == 0:
+            aside = self.folder.parent / DAMAGED
+            aside.mkdir(exist_ok=True)
+            number = sum(1 for _ in aside.glob(f"{step}*"))
+            (self.folder / str(step)).rename(aside / f"{step}.{number}")
+        self._open()
+
+    def _restore(self, step: int, abstract: State, config: configs.Config) -> Restored:
+        where = self.folder / str(step)
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        check_same_run(run["config"], config, self.folder.parent)
+        _check_arrays(self._manager.item_metadata(step).params.tree, abstract.params, where)
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "rest": ocp.args.StandardRestore(_rest(abstract)),
+        }
+        if keeps_average(config):
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return Restored(State(params=found.params, ema=found.ema if "ema" in items else {}, **found.rest), run["data"])
+
+
+def _rest(state: State) -> dict:
+    return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "streak": state.streak}
+
+
+def is_workdir(path: str | Path) -> bool:
+    """Whether a run was started there."""
+    return (Path(path) / FOLDER).is_dir()
+
+
+def read_config(workdir: str | Path) -> configs.Config:
+    """The resolved config of a run.
+
+    Raises:
+      UserError: the folder is not a workdir.
+    """
+    file = Path(workdir) / "config.json"
+    if not file.is_file() or not is_workdir(workdir):
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json and {FOLDER}/.")
+    return configs.load_json(file.read_text())
+
+
+def read_params(workdir: str | Path, ema: bool = True, *, shardings=None) -> tuple[Any, configs.Config, int]:
+    """The trained parameters of a run's newest sound checkpoint.
+
+    Args:
+      workdir: of a run.
+      ema: the averaged ones, where the run keeps an average. Of schedule-free AdamW always its average.
+      shardings: a function from the abstract parameters to layouts; None = the default device.
+
+    Returns:
+      (params in their saved dtype, the run's config, the step).
+
+    Raises:
+      UserError: not a workdir, or no sound checkpoint.
+    """
+    config = read_config(workdir)
+    folder = Path(workdir).absolute() / FOLDER
+    manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    try:
+        for step in sorted(manager.all_steps(), reverse=True):
+            if wrong := damage(folder / str(step)):
+                log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
+                continue
+            return _read(manager, step, config, ema, shardings), config, step
+    finally:
+        manager.close()
+    raise UserError(f"{workdir} has no sound checkpoint yet.")
+
+
+def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings) -> Any:
+    averaged = keeps_average(config) and (ema or config.optimizer.name == "schedule_free_adamw")
+    stored = manager.item_metadata(step)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stored.params.tree)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = flat(shardings(abstract) if shardings else jax.tree.map(lambda _: here, abstract))
+
+    def target(tree):
+        return nested({p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[p]) for p, a in flat(tree).items()})
+
+    items = {"params": ocp.args.StandardRestore(target(abstract))}
+    if averaged:
+        items["ema"] = ocp.args.StandardRestore(target(stored.ema.tree))
+    found = manager.restore(step, args=ocp.args.Composite(**items))
+    params = flat(found.params)
+    average = flat(found.ema) if averaged else {}
+    return nested(params | {path: leaf.astype(params[path].dtype) for path, leaf in average.items()})

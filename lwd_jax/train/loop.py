@@ -1,0 +1,204 @@
+"""The loop around the step: resume or begin, train, report, preview, save, stop."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lwd_jax.config import Config, to_json
+from lwd_jax.errors import UserError
+from lwd_jax.parallel.rules import replicated
+from lwd_jax.train.checkpoint import Checkpoints
+from lwd_jax.train.feed import Batches, Feed
+from lwd_jax.train.metrics import Window, Writer
+from lwd_jax.train.program import Program
+from lwd_jax.train.state import State, eval_params
+
+_INIT = 2**31  # folded into the seed's key for the initial parameters: beyond every step
+Previews = Callable[[int, Any], dict]  # (step, parameters for evaluation) -> scalar metrics
+
+
+class Outcome(NamedTuple):
+    """`step` reached and saved; `signal` that ended the run early, or 0."""
+
+    step: int
+    signal: int
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT while the run is inside; a second signal acts as it would without this."""
+
+    def __enter__(self) -> "Stop":
+        self.signal = 0
+        self._before = {}
+        # Only the main thread may; and over several hosts jax.distributed listens, so that all stop at one step.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame) -> None:
+        self.signal = number
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Reporter:
+    """Takes the metrics of a step when the next one is on its way, so that the devices never wait for the host."""
+
+    def __init__(self, config: Config, writer: Writer, feed: Feed, progress: Progress):
+        self._progress = progress
+        self._limit, self._pictures = config.training.nonfinite_limit, config.data.batch_size
+        self._writer, self._feed = writer, feed
+        self._window, self._pending, self._waited = Window(), None, 0.0
+        self.loss = float("nan")
+
+    def took(self, step: int, metrics: dict) -> None:
+        """Step `step` was started; looks at the one before."""
+        self._look()
+        self._pending = (step, metrics)
+
+    def _look(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        self._window.add(metrics, self._pictures)
+        self.loss = float(metrics["loss"])
+        if metrics["streak"] >= self._limit:
+            bad = [name for name in ("loss", "grad_norm") if not abs(float(metrics[name])) < float("inf")]
+            raise UserError(
+                f"{' and '.join(bad)} not finite for {int(metrics['streak'])} steps in a row, up to step {step}; the state "
+                "is as it was before them. Lower optimizer.learning_rate, or look at the data."
+            )
+
+    def flush(self, step: int, extra: dict, away: float = 0.0) -> None:
+        """Writes the window that ends with `step`; `away` seconds of it were not training."""
+        self._look()
+        self._window.restart_clock(away)
+        waited, self._waited = self._feed.waited - self._waited, self._feed.waited
+        line = self._window.line(waited)
+        self._writer.write(step, line | extra)
+        if not self._progress.console.is_terminal and jax.process_index() == 0:  # a log file sees no bar
+            speed, left = line["pictures_per_second"], self._progress.tasks[0].time_remaining
+            print(f"step {step} loss {self.loss:.4f} pictures/s {speed:.2f} ETA {left or 0:.0f} s", flush=True)
+
+
+def _begin(program: Program, checkpoints: Checkpoints, config: Config, params: Callable[[], Any] | None):
+    """(state, data position): of the newest checkpoint, or of the beginning."""
+    restored = checkpoints.restore(program.state, config)
+    if restored is not None:
+        return restored.state, restored.data
+    key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
+    return program.init(key, params() if params is not None else None), None
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
+        transient=True, disable=jax.process_index() != 0,
+    )  # fmt: skip
+
+
+def _profile(step: int, config: Config, workdir: Path) -> None:
+    if step == config.training.profile_start:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    if step == config.training.profile_stop:
+        jax.profiler.stop_trace()
+
+
+def _previewed(previews: Previews, step: int, state: State) -> tuple[dict, float]:
+    """The previews' metrics, named preview/.., and the seconds they took."""
+    jax.block_until_ready(state.step)
+    start = time.perf_counter()
+    metrics = {f"preview/{name}": float(value) for name, value in previews(step, eval_params(state)).items()}
+    return metrics, time.perf_counter() - start
+
+
+def run(
+    program: Program,
+    batches: Batches,
+    config: Config,
+    workdir: str | Path,
+    mesh: Mesh,
+    *,
+    params: Callable[[], Any] | None = None,
+    previews: Previews | None = None,
+) -> Outcome:
+    """Trains to `training.steps`, from the newest checkpoint of the workdir if there is one.
+
+    Args:
+      program: of `build_program`.
+      batches: data position or None -> an iterator of this process's part of each batch, with `.state()`.
+      config: the resolved config; written to the workdir.
+      workdir: made if it is not there.
+      mesh: the program's.
+      params: reads the parameters to start from; not called on resuming; None = random ones.
+      previews: called before the first step, every `preview_every` steps and after the last one.
+
+    Raises:
+      UserError: the workdir belongs to another run; the loss or gradient stays non-finite; the disk is full.
+    """
+    with contextlib.ExitStack() as closing:
+        # Begin, or resume
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        training, total = config.training, config.training.steps
+        checkpoints = Checkpoints(workdir, training.keep)
+        closing.callback(checkpoints.close)
+        state, position = _begin(program, checkpoints, config, params)
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(to_json(config) + "\n")
+        first = int(state.step)
+        if first >= total:
+            return Outcome(first, 0)
+        feed = Feed(batches(position), mesh)
+        closing.callback(feed.close)
+        writer = Writer(workdir, first)
+        closing.callback(writer.close)
+        stop = closing.enter_context(Stop())
+        progress = closing.enter_context(_progress())
+        bar = progress.add_task(config.name or "training", total=total, completed=first, loss=float("nan"))
+        reporter = _Reporter(config, writer, feed, progress)
+        previewing = previews is not None and training.preview_every > 0
+        if first == 0 and previewing:
+            writer.write(0, _previewed(previews, 0, state)[0])
+        key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+
+        for step in range(first + 1, total + 1):
+            # Train
+            _profile(step, config, workdir)
+            batch, position = next(feed)
+            state, metrics = program.step(state, batch, key)
+            reporter.took(step, metrics)
+            progress.update(bar, completed=step, loss=reporter.loss)
+            ending = step == total or bool(stop.signal) or checkpoints.preempted(step)
+
+            # Look
+            seen, away = {}, 0.0
+            if previewing and (step % training.preview_every == 0 or step == total):
+                seen, away = _previewed(previews, step, state)
+            saving = step % training.save_every == 0 or ending
+            if seen or saving or step % training.log_every == 0:
+                reporter.flush(step, seen, away)
+
+            # Save
+            if saving:
+                checkpoints.save(state, position, config)
+            checkpoints.seal()
+            if ending:
+                break
+
+        checkpoints.finish(step)
+        return Outcome(step, stop.signal if step < total else 0)

@@ -1,0 +1,195 @@
+"""Where model, objective and mesh meet: the two stages as losses, and the compiled program of one of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from lwd_jax.config import Config
+from lwd_jax.errors import UserError
+from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.objective.matching import draw_times, matching_loss
+from lwd_jax.objective.reconstruction import reconstruction_loss
+from lwd_jax.parallel.mesh import batch_parts
+from lwd_jax.parallel.rules import batch_shardings, replicated
+from lwd_jax.train.optimizer import make_optimizer, trainable_paths
+from lwd_jax.train.state import State, flat, new_state, state_shardings
+from lwd_jax.train.step import Loss, keeps_average, make_step
+
+FROZEN = {  # what never trains, per stage
+    1: (r"^decoder/norm_out/", r"^decoder/conv_out/"),  # 3,715 parameters: the picture's last mapping stays the pretrained one
+    2: (r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$",),  # a table of sines, not a parameter of the original
+}
+
+
+class Stage(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      init: key -> random parameters.
+      loss: (params, batch, keys [B]) -> (float32 scalar, metrics).
+      batch: name -> ShapeDtypeStruct, a batch at the config's resolution.
+      frozen: path patterns that never train.
+    """
+
+    init: Callable
+    loss: Loss
+    batch: dict[str, jax.ShapeDtypeStruct]
+    frozen: tuple[str, ...]
+
+
+class Program(NamedTuple):
+    """One stage on one mesh.
+
+    Attributes:
+      init: (key, params=None) -> State on the mesh; with random parameters, or with those given (consumed).
+      step: (State, batch, key) -> (State, metrics), compiled once per batch shape; the state given is consumed.
+      batch: ShapeDtypeStructs with shardings of a square batch; other buckets: `parallel.rules.batch_shardings`.
+      state: the same of the state.
+    """
+
+    init: Callable
+    step: Callable
+    batch: dict[str, jax.ShapeDtypeStruct]
+    state: State
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+
+def autoencoder_stage(config: Config, module: nn.Module, init: Callable, perceptual: Callable | None) -> Stage:
+    """Stage 1: scale-consistent fine-tuning of the autoencoder on uint8 pictures [B H W 3].
+
+    Args:
+      config: of the run.
+      module: the autoencoder.
+      init: key -> its random parameters.
+      perceptual: (x, y) -> [B], or None where reconstruction.lpips is 0.
+    """
+
+    def loss(params, batch, keys):
+        x = batch["picture"].astype(jnp.float32) / 127.5 - 1
+        per_picture, metrics = reconstruction_loss(
+            lambda x: module.apply({"params": params}, x, method="encode"),
+            lambda z: module.apply({"params": params}, z, method="decode"),
+            x,
+            keys[0],  # the scale is drawn once for the pictures that are processed together
+            config.reconstruction,
+            perceptual,
+        )
+        return per_picture.mean(), metrics
+
+    side = config.resolution
+    return Stage(init, loss, {"picture": jax.ShapeDtypeStruct((config.data.batch_size, side, side, 3), jnp.uint8)}, FROZEN[1])
+
+
+def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) -> jax.Array:
+    """A sample of the posterior of one picture, as a latent in use: scale(mean + std N(0, I)), [h w C]."""
+    return scale(mean + std * jax.random.normal(key, mean.shape))
+
+
+def backbone_stage(config: Config, module: nn.Module, init: Callable, scale: Callable, latent: tuple, tokens: int) -> Stage:
+    """Stage 2: flow matching under the wavelet mask, on cached posteriors and text states.
+
+    Args:
+      config: of the run.
+      module: the backbone.
+      init: key -> its random parameters.
+      scale: unscaled latent -> latent in use, of the autoencoder that made the cache.
+      latent: (h, w, C) of a square picture.
+      tokens: text tokens per caption.
+    """
+    matching, model = config.matching, module.config
+
+    def draw(key, mean, std):
+        sample, noise, time = jax.random.split(key, 3)
+        count = mean.shape[0] * mean.shape[1] // model.patch_size**2
+        return (
+            latent_of(sample, mean, std, scale),
+            jax.random.normal(noise, mean.shape),
+            draw_times(time, 1, matching, count)[0],
+        )
+
+    def loss(params, batch, keys):
+        z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
+        cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
+        per_picture, metrics = matching_loss(
+            lambda z_t, t, cond: module.apply({"params": params}, z_t, t, cond), z0, cond, t, noise, matching
+        )
+        return per_picture.mean(), metrics
+
+    size = config.data.batch_size
+    batch = {
+        "mean": (size, *latent),
+        "std": (size, *latent),
+        "tokens": (size, tokens, model.joint_attention_dim),
+        "token_mask": (size, tokens),
+        "pooled": (size, model.pooled_projection_dim),
+    }
+    return Stage(init, loss, {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in batch.items()}, FROZEN[2])
+
+
+# ------------------------------------------------------------------------------------------------------ program
+
+
+def _check_sizes(config: Config, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+    accumulate, parts = config.optimizer.accumulate, batch_parts(mesh)
+    if config.data.batch_size // accumulate % parts:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} in {accumulate} accumulation steps does not divide over "
+            f"data x fsdp = {parts} devices; make it a multiple of {accumulate * parts}."
+        )
+    for name, leaf in batch.items():
+        if len(leaf.shape) == 4 and leaf.shape[1] % mesh.shape["context"]:
+            raise UserError(
+                f"The height of '{name}' is {leaf.shape[1]} at resolution {config.resolution}, which does not divide over "
+                f"mesh.context = {mesh.shape['context']}."
+            )
+
+
+def _with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def trained_paths(stage: Stage, config: Config, abstract_params: Any) -> frozenset[str]:
+    """The paths of the parameters that this run trains."""
+    return trainable_paths(flat(abstract_params), config.optimizer, stage.frozen)
+
+
+def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
+    """The compiled functions and the layouts of one stage on a mesh; nothing is allocated or compiled yet.
+
+    Raises:
+      UserError: sizes that do not divide, unknown or contradictory optimizer settings, patterns that name nothing.
+    """
+    _check_sizes(config, mesh, stage.batch)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    abstract_params = jax.eval_shape(stage.init, jax.random.key(0))
+    trained = trained_paths(stage, config, abstract_params)
+
+    def start(params):
+        return new_state(params, trained, optimizer, keeps_average(config))
+
+    abstract = jax.eval_shape(start, abstract_params)
+    shardings = state_shardings(abstract, mesh)
+    from_key = jax.jit(lambda key: start(stage.init(key)), out_shardings=shardings)
+    from_params = jax.jit(start, out_shardings=shardings, donate_argnums=0)
+
+    def init(key, params=None):
+        return from_key(key) if params is None else from_params(jax.device_put(params, shardings.params))
+
+    step = jax.jit(
+        make_step(stage.loss, trained, config),
+        in_shardings=(shardings, None, replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return Program(
+        init=init,
+        step=step,
+        batch=_with_shardings(stage.batch, batch_shardings(stage.batch, mesh)),
+        state=_with_shardings(abstract, shardings),
+    )
