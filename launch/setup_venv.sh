@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers: setup_venv EXTRA makes .venv if it is missing and installs this checkout in it.
 # PYTHON names the interpreter to use (3.11 or newer).
 setup_venv() {
