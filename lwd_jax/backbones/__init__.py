@@ -1,0 +1,30 @@
+"""The denoising transformers: one file each, one line each in the table."""
+
+from lwd_jax.backbones import sd3
+from lwd_jax.weights.model import load, save
+
+BACKBONES = {model.class_name: model for model in (sd3.BACKBONE,)}
+
+
+def load_backbone(folder, **kinds):
+    """(module, params) of a diffusers folder, or of `transformer/` in a pipeline folder.
+
+    Args:
+      folder: with config.json and safetensors.
+      kinds: dtype, param_dtype, remat, shardings; see `weights.model.load`.
+
+    Raises:
+      UserError: no such folder, a checkpoint of another model, weights that do not fit.
+    """
+    return load(BACKBONES, folder, subfolder="transformer", **kinds)
+
+
+def save_backbone(folder, module, params, **kinds) -> None:
+    """Writes a diffusers folder that `load_backbone` and diffusers' from_pretrained read.
+
+    Args:
+      folder: to be made.
+      kinds: dtype, max_shard_bytes; see `weights.model.save`.
+    """
+    model = next(model for model in BACKBONES.values() if isinstance(module, model.build))
+    save(model, folder, module, params, **kinds)

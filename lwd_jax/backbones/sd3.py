@@ -1,0 +1,440 @@
+"""SD3's backbone, the MMDiT (Scaling Rectified Flow Transformers, arXiv 2403.03206), and its SD3.5 variants.
+
+Picture and text tokens keep weights of their own and meet in attention. SD3.5 normalises queries and keys (RMS); SD3.5
+medium has a second attention, among picture tokens alone, in its first blocks. Equal to diffusers' SD3Transformer2DModel.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lwd_jax.errors import UserError, did_you_mean
+from lwd_jax.nn.attention import attention
+from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.layers import NORMAL, ZEROS, Dense, RMSNorm, gelu
+from lwd_jax.nn.modulation import Modulation, gated, modulate
+from lwd_jax.nn.positions import grid_positions, sincos, time_features
+from lwd_jax.nn.stack import rematerialised, stacked
+from lwd_jax.shapes import shaped
+from lwd_jax.weights.layout import LINEAR, SAME, Layout, conv_as_linear
+from lwd_jax.weights.model import Model
+from lwd_jax.weights.table import Row
+
+LATENT_FACTOR = 8  # picture pixels per latent position, of every autoencoder SD3 is used with
+TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes, under diffusers' names."""
+
+    sample_size: int = 128  # latent side that the position table's unit is made for
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 24
+    attention_head_dim: int = 64
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 2048
+    pos_embed_max_size: int = 192  # tokens along each side of the position table
+    dual_layers: int = 0  # how many of the first blocks have the second attention
+    qk_norm: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class Embedder(nn.Module):
+    """down(silu(up(x))), the vector every modulation is computed from; a float32 island."""
+
+    width: int
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = Dense(self.width, param_dtype=self.param_dtype, kernel_init=NORMAL, name="up")(x)
+        return Dense(self.width, param_dtype=self.param_dtype, kernel_init=NORMAL, name="down")(jax.nn.silu(hidden))
+
+
+class Projections(nn.Module):
+    """What one kind of tokens brings to one attention: queries, keys, values, and the way out of it."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    last: bool = False  # nothing comes out
+
+    def dense(self, features: int) -> Dense:
+        return Dense(features, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def setup(self):
+        width = self.config.width
+        self.q, self.k, self.v = self.dense(width), self.dense(width), self.dense(width)
+        if self.config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(param_dtype=self.param_dtype), RMSNorm(param_dtype=self.param_dtype)
+        if not self.last:
+            self.out = self.dense(width)
+
+    def qkv(self, x):
+        """[B L D] -> three of [B L N d]."""
+        heads = (*x.shape[:2], self.config.num_attention_heads, self.config.attention_head_dim)
+        q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
+        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
+
+    def result(self, attended):
+        """[B L N d] -> [B L D]."""
+        return self.out(attended.reshape(*attended.shape[:2], -1))
+
+
+class Stream(Projections):
+    """All weights of one kind of tokens in a block: modulation, projections and the MLP."""
+
+    vectors: int = 6  # of modulation
+
+    def setup(self):
+        super().setup()
+        width = self.config.width
+        self.modulation = Modulation(self.vectors * width, dtype=self.dtype, param_dtype=self.param_dtype)
+        if not self.last:
+            self.up, self.down = self.dense(4 * width), self.dense(width)
+
+    def mlp(self, x):
+        return self.down(gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Figure 2b of the paper. The text stream of the model's last block only feeds attention."""
+
+    config: Config
+    dual: bool = False
+    last: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens, emb):
+        """((picture [B L D], text [B S D]), emb [B D] float32) -> (the same tokens one block on, None)."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        ours = Stream(self.config, vectors=9 if self.dual else 6, name="picture", **kinds)
+        theirs = Stream(self.config, vectors=2 if self.last else 6, last=self.last, name="text", **kinds)
+        picture, text = tokens
+        length = picture.shape[1]
+
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = ours.modulation(emb)
+        if self.last:
+            text_scale, text_shift = theirs.modulation(emb)  # this order, here and before the last projection
+        else:
+            text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = theirs.modulation(emb)
+
+        pairs = zip(ours.qkv(modulate(picture, shift, scale)), theirs.qkv(modulate(text, text_shift, text_scale)))
+        attended = attention(*(jnp.concatenate(pair, axis=1) for pair in pairs))
+        before, picture = picture, gated(picture, gate, ours.result(attended[:, :length]))
+        if self.dual:
+            dual_shift, dual_scale, dual_gate = second
+            alone = Projections(self.config, name="dual", **kinds)
+            attended_alone = attention(*alone.qkv(modulate(before, dual_shift, dual_scale)))
+            picture = gated(picture, dual_gate, alone.result(attended_alone))
+        picture = gated(picture, mlp_gate, ours.mlp(modulate(picture, mlp_shift, mlp_scale)))
+
+        if not self.last:
+            text = gated(text, text_gate, theirs.result(attended[:, length:]))
+            text = gated(text, text_mlp_gate, theirs.mlp(modulate(text, text_mlp_shift, text_mlp_scale)))
+        return (picture, text), None
+
+
+class Positions(nn.Module):
+    """SD3's position table, kept by axis: [0] the columns' entries, [1] the rows'. A checkpoint's own table is used."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, height: int, width: int):
+        config = self.config
+        table = self.param("table", lambda key: jnp.asarray(position_table(config)))
+        return grid_positions(table, height, width)
+
+
+def position_table(config: Config) -> np.ndarray:
+    """[2 S D/2] float32: the table of a new model. Entry i stands at i (sample_size / patch_size) / S."""
+    size = config.pos_embed_max_size
+    unit = np.float32(size / (config.sample_size // config.patch_size))
+    axis = sincos(np.arange(size, dtype=np.float32) / unit, config.width // 2)
+    return np.stack([axis, axis])
+
+
+class SD3(nn.Module):
+    """The MMDiT. See `__call__`.
+
+    Attributes:
+      config: sizes.
+      dtype: of matrix products and activations.
+      param_dtype: of the parameters (the position table is float32 always).
+      remat: a name of nn.stack.REMAT, applied to every block.
+    """
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    @shaped("z_t: B h w C, t: B -> B h w _")
+    def __call__(self, z_t, t, cond: Conditioning):
+        """The velocity noise - z0 at z_t.
+
+        Args:
+          z_t: [B h w C] noisy latent; h and w in steps of patch_size, any proportions.
+          t: [B] time in [0, 1].
+          cond: tokens [B L joint_attention_dim] and pooled [B pooled_projection_dim]. The mask is not read: SD3 was
+            trained, and its pipelines sample, with attention to padding tokens.
+
+        Returns:
+          [B h w C] float32.
+
+        Raises:
+          ValueError: a size that does not divide; no pooled text.
+        """
+        config, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if cond.pooled is None:
+            raise ValueError("SD3 needs the pooled text vector, but cond.pooled is None.")
+        patches, (height, width) = patchify(z_t, config.patch_size)
+
+        table = Positions(config, name="position")(height, width)
+        picture = Dense(config.width, name="patch_proj", out_dtype=jnp.float32, **kinds)(patches)
+        picture = (picture + table.reshape(1, height * width, config.width)).astype(self.dtype)
+        text = Dense(config.width, name="text_proj", **kinds)(cond.tokens)
+        emb = Embedder(config.width, self.param_dtype, name="time")(time_features(t))
+        emb = emb + Embedder(config.width, self.param_dtype, name="pooled")(cond.pooled.astype(jnp.float32))
+
+        tokens = (picture, text)
+        for name, count, dual in groups(config):
+            tokens, _ = stacked(Block, count, self.remat)(config, dual=dual, name=name, **kinds)(tokens, emb)
+        (picture, _), _ = rematerialised(Block, self.remat)(config, last=True, name="last_block", **kinds)(tokens, emb)
+
+        scale, shift = Modulation(2 * config.width, name="final_modulation", **kinds)(emb)
+        size = config.patch_size**2 * config.out_channels
+        final = Dense(size, out_dtype=jnp.float32, kernel_init=ZEROS, name="final_proj", **kinds)
+        return unpatchify(final(modulate(picture, shift, scale)), height, width, config.patch_size)
+
+
+def groups(config: Config) -> list[tuple[str, int, bool]]:
+    """(name, count, dual) of the runs of equal blocks before the last one."""
+    runs = [("dual_blocks", config.dual_layers, True), ("joint_blocks", config.num_layers - 1 - config.dual_layers, False)]
+    return [run for run in runs if run[1]]
+
+
+def patchify(z, size: int):
+    """[B h w C] -> ([B h/size w/size (size size C)] as a row of tokens, (h/size, w/size)).
+
+    Raises:
+      ValueError: h or w does not divide.
+    """
+    batch, h, w, channels = z.shape
+    if h % size or w % size:
+        raise ValueError(f"A latent of {h} x {w} does not divide into patches of {size} x {size}.")
+    z = z.reshape(batch, h // size, size, w // size, size, channels)
+    return z.transpose(0, 1, 3, 2, 4, 5).reshape(batch, (h // size) * (w // size), -1), (h // size, w // size)
+
+
+def unpatchify(tokens, height: int, width: int, size: int):
+    """The inverse of `patchify` for a grid of height x width tokens."""
+    batch = tokens.shape[0]
+    z = tokens.reshape(batch, height, width, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return z.reshape(batch, height * size, width * size, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ variants
+
+_MEDIUM = Config()
+VARIANTS = {
+    "sd3-medium": _MEDIUM,
+    "sd3.5-medium": dataclasses.replace(_MEDIUM, pos_embed_max_size=384, dual_layers=13, qk_norm=True),
+    "sd3.5-large": dataclasses.replace(_MEDIUM, num_layers=38, num_attention_heads=38, qk_norm=True),
+    # For the quickstart on a CPU: 2.9 M parameters, the medium's structure.
+    "tiny": dataclasses.replace(
+        _MEDIUM,
+        sample_size=32,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        pos_embed_max_size=32,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+_TOLERANCE = 1e-3  # a sine stored in half precision is off by up to 2^-12, in bfloat16 by 2^-9
+
+
+def _by_axis(table: np.ndarray) -> np.ndarray:
+    """[1 S^2 2D], row by row -> [2 S D].
+
+    Raises:
+      UserError: half of the channels do not depend on the column alone, or the others on the row alone.
+    """
+    size = math.isqrt(table.shape[1])
+    grid = table.reshape(size, size, -1)
+    half = grid.shape[-1] // 2
+    columns, rows = grid[0, :, :half], grid[:, 0, half:]
+    for i in range(size):
+        apart = max(np.abs(grid[i, :, :half] - columns).max(), np.abs(grid[:, i, half:] - rows).max())
+        if apart > _TOLERANCE:
+            raise UserError("The position table 'pos_embed.pos_embed' is not made of one part per column and one per row.")
+    return np.stack([columns, rows])
+
+
+def _by_place(axes: np.ndarray) -> np.ndarray:
+    """The inverse of `_by_axis`."""
+    _, size, half = axes.shape
+    columns = np.broadcast_to(axes[0][None], (size, size, half))
+    rows = np.broadcast_to(axes[1][:, None], (size, size, half))
+    return np.concatenate([columns, rows], axis=-1).reshape(1, size * size, 2 * half)
+
+
+POSITIONS = Layout("position table by axis: (1, S S, 2 D) -> (2, S, D)", _by_axis, _by_place)
+
+
+def _linear(foreign: str, ours: str, start: int = 0, count: int = 0) -> list[Row]:
+    return [
+        Row(f"{foreign}.weight", f"{ours}/kernel", LINEAR, start, count),
+        Row(f"{foreign}.bias", f"{ours}/bias", start=start, count=count),
+    ]
+
+
+def _attention_rows(config: Config, theirs: str, ours: str, names: tuple[str, ...], norms: str, where) -> list[Row]:
+    rows = [row for name, letter in zip(names, ("q", "k", "v", "out")) for row in _linear(f"{theirs}.{name}", f"{ours}/{letter}", *where)]
+    if config.qk_norm:
+        rows += [Row(f"{theirs}.{norms}_{letter}.weight", f"{ours}/{letter}_norm/scale", SAME, *where) for letter in "qk"]
+    return rows
+
+
+def _block_rows(config: Config, ours: str, start: int, count: int, dual: bool = False) -> list[Row]:
+    """One group of blocks; count 0 is the last block alone."""
+    last, where = not count, (start, count)
+    theirs = f"transformer_blocks.{'{i}' if count else start}"
+    picture, text = ("to_q", "to_k", "to_v", "to_out.0"), ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    rows = _attention_rows(config, f"{theirs}.attn", f"{ours}/picture", picture, "norm", where)
+    rows += _attention_rows(config, f"{theirs}.attn", f"{ours}/text", text[:3] if last else text, "norm_added", where)
+    if dual:
+        rows += _attention_rows(config, f"{theirs}.attn2", f"{ours}/dual", picture, "norm", where)
+    names = {"norm1.linear": "picture/modulation", "norm1_context.linear": "text/modulation"}
+    names |= {"ff.net.0.proj": "picture/up", "ff.net.2": "picture/down"}
+    if not last:
+        names |= {"ff_context.net.0.proj": "text/up", "ff_context.net.2": "text/down"}
+    return rows + [row for name, path in names.items() for row in _linear(f"{theirs}.{name}", f"{ours}/{path}", *where)]
+
+
+def weights(config: Config) -> list[Row]:
+    """The weights table: every tensor of diffusers' SD3Transformer2DModel and the parameter it is."""
+    patch = config.patch_size
+    rows = [
+        Row("pos_embed.pos_embed", "position/table", POSITIONS),
+        Row("pos_embed.proj.weight", "patch_proj/kernel", conv_as_linear(patch, patch)),
+        Row("pos_embed.proj.bias", "patch_proj/bias"),
+        *_linear("time_text_embed.timestep_embedder.linear_1", "time/up"),
+        *_linear("time_text_embed.timestep_embedder.linear_2", "time/down"),
+        *_linear("time_text_embed.text_embedder.linear_1", "pooled/up"),
+        *_linear("time_text_embed.text_embedder.linear_2", "pooled/down"),
+        *_linear("context_embedder", "text_proj"),
+    ]
+    start = 0
+    for name, count, dual in groups(config):
+        rows += _block_rows(config, name, start, count, dual)
+        start += count
+    rows += _block_rows(config, "last_block", start, 0)
+    return rows + _linear("norm_out.linear", "final_modulation") + _linear("proj_out", "final_proj")
+
+
+# ------------------------------------------------------------------------------------------------- diffusers' config
+
+_SAME_NAMES = tuple(field.name for field in dataclasses.fields(Config) if field.name not in ("dual_layers", "qk_norm"))
+# diffusers' own defaults, for what an older config.json does not say.
+_DIFFUSERS_DEFAULTS = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 18,
+    "attention_head_dim": 64,
+    "num_attention_heads": 18,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1152,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 96,
+    "dual_attention_layers": (),
+    "qk_norm": None,
+}
+
+
+def from_foreign(foreign: Mapping[str, Any]) -> Config:
+    """The Config of a diffusers config.json.
+
+    Raises:
+      UserError: a field that is unknown, or a value that is not supported.
+    """
+    known = {name: value for name, value in foreign.items() if not name.startswith("_")}
+    for name in known:
+        if name not in _DIFFUSERS_DEFAULTS:
+            raise UserError(f"An SD3 config.json has no field '{name}'.{did_you_mean(name, _DIFFUSERS_DEFAULTS)}")
+    full = _DIFFUSERS_DEFAULTS | known
+    dual = tuple(full["dual_attention_layers"])
+    if dual != tuple(range(len(dual))) or len(dual) >= full["num_layers"]:
+        raise UserError(f"dual_attention_layers must be the first layers and not the last, but they are {list(dual)}.")
+    if full["qk_norm"] not in (None, "rms_norm"):
+        raise UserError(f"qk_norm must be null or 'rms_norm', but it is '{full['qk_norm']}'.")
+    if full["out_channels"] is None:
+        full["out_channels"] = full["in_channels"]
+    config = Config(
+        dual_layers=len(dual), qk_norm=full["qk_norm"] is not None, **{name: full[name] for name in _SAME_NAMES}
+    )
+    if full["caption_projection_dim"] != config.width:
+        raise UserError(
+            f"caption_projection_dim is {full['caption_projection_dim']}, but the blocks are {config.width} wide "
+            f"({config.num_attention_heads} heads of {config.attention_head_dim})."
+        )
+    return config
+
+
+def to_foreign(config: Config) -> dict[str, Any]:
+    """The inverse of `from_foreign`, every field written out."""
+    return {name: getattr(config, name) for name in _SAME_NAMES} | {
+        "caption_projection_dim": config.width,
+        "dual_attention_layers": list(range(config.dual_layers)),
+        "qk_norm": "rms_norm" if config.qk_norm else None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+def inputs(config: Config, resolution: int, batch: int) -> tuple:
+    """Arguments of the module for square pictures of `resolution` px, as ShapeDtypeStructs."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+
+    side = resolution // LATENT_FACTOR
+    tokens, pooled = array(TEXT_TOKENS, config.joint_attention_dim), array(config.pooled_projection_dim)
+    return array(side, side, config.in_channels), array(), Conditioning(tokens, pooled=pooled)
+
+
+BACKBONE = Model(
+    class_name="SD3Transformer2DModel",
+    variants=VARIANTS,
+    build=SD3,
+    rows=weights,
+    from_foreign=from_foreign,
+    to_foreign=to_foreign,
+    inputs=inputs,
+)

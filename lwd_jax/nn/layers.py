@@ -1,0 +1,66 @@
+"""Layers that every transformer here is made of. Parameters are kept in `param_dtype` and cast where they are used, so
+inside a scanned body a gather over the mesh moves the cast copy of one block, not the float32 masters of all."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+XAVIER = nn.initializers.xavier_uniform()
+ZEROS = nn.initializers.zeros
+NORMAL = nn.initializers.normal(0.02)
+
+
+class Dense(nn.Module):
+    """y = x kernel + bias over the last axis; kernel [in, out].
+
+    Attributes:
+      features: size of the output axis.
+      dtype: of the operands of the product.
+      out_dtype: of the result and of the bias; None = dtype. float32 with bfloat16 operands keeps the accumulator.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
+    kernel_init: Callable = XAVIER
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", ZEROS, (self.features,), self.param_dtype)
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        out_dtype = self.out_dtype or self.dtype
+        y = lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), contract, preferred_element_type=out_dtype
+        )
+        return y + bias.astype(out_dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis; computed in float32, returned in the dtype of x."""
+
+    eps: float = 1e-6
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x, eps: float = 1e-6):
+    """(x - mean) / sqrt(var + eps) over the last axis, without scale and bias; float32 whatever the dtype of x."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+
+
+def gelu(x):
+    """GELU in its tanh form, as SD3, FLUX and PixArt use it."""
+    return jax.nn.gelu(x, approximate=True)

@@ -1,0 +1,47 @@
+"""Stacks of equal blocks: one scanned body with stacked parameters, under a named rematerialisation policy."""
+
+from flax import linen as nn
+from jax import checkpoint_policies
+
+from lwd_jax.errors import choose
+from lwd_jax.nn.attention import SAVED
+
+
+def _is_fused_attention(primitive, *_, **__) -> bool:
+    # cuDNN's forward returns the output and the log-sum-exp that its backward needs. Saving only the named output would
+    # run the whole forward again for the other.
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# Name -> what the backward pass finds saved of a block's inside; None = everything (no rematerialisation).
+REMAT = {
+    "none": None,
+    "attention": checkpoint_policies.save_from_both_policies(
+        checkpoint_policies.save_only_these_names(SAVED), _is_fused_attention
+    ),
+    "full": checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """`block` under the policy of that name.
+
+    Raises:
+      UserError: no such policy.
+    """
+    policy = choose(REMAT, remat, "remat policy")
+    return block if policy is None else nn.remat(block, policy=policy)
+
+
+def stacked(block: type[nn.Module], count: int, remat: str) -> type[nn.Module]:
+    """`count` blocks run one after the other: (carry, *shared) -> (carry, None), every parameter with a leading axis.
+
+    The parameters are initialised block by block, each from its own key.
+    """
+    return nn.scan(
+        rematerialised(block, remat),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=count,
+    )
