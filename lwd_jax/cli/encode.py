@@ -1,0 +1,115 @@
+"""Makes the latents and text states that stage 2 trains on, of a dataset.
+
+Each picture is scaled to its aspect bucket, cropped at its centre and encoded; mean and standard deviation are kept,
+unscaled. Entries are keyed by content and by the weights that made them: run the command again after a kill or a change of
+the dataset, and only what is missing is computed.
+"""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lwd_jax.cli.progress import progress
+from lwd_jax.data import buckets
+from lwd_jax.data.dataset import open_dataset
+from lwd_jax.data.latents import Encoder, Plan, encode_dataset
+from lwd_jax.data.records import STORAGE
+from lwd_jax.data.text import TEXT_ENCODERS, open_text_encoder
+from lwd_jax.errors import UserError
+from lwd_jax.report.pipeline import open_models
+from lwd_jax.weights.folder import fingerprint
+
+EXAMPLE = "lwd encode --dataset data/photographs --models runs/stage1 --text sd3 --text-models sd3-medium --out data/latents"
+
+
+def arguments(parser) -> None:
+    parser.add_argument("--dataset", required=True, help="folder made by lwd prepare")
+    parser.add_argument("--models", required=True, help="diffusers folder, or workdir of a stage-1 run: the autoencoder")
+    parser.add_argument("--out", required=True, help="folder of latents to write or to bring up to date")
+    parser.add_argument("--resolution", type=int, default=1024, help="px; as in the config of stage 2")
+    parser.add_argument(
+        "--buckets", action=argparse.BooleanOptionalAction, default=True, help="keep aspect ratios, or take centre squares"
+    )
+    parser.add_argument(
+        "--smallest-bucket", type=int, default=Plan.smallest_bucket, help="buckets of fewer pictures join a neighbour"
+    )
+    parser.add_argument("--text", choices=tuple(TEXT_ENCODERS), help="text encoder; default sd3, if there is a folder of it")
+    parser.add_argument("--text-models", help="diffusers pipeline folder with the text encoders; default --models")
+    parser.add_argument("--text-length", type=int, help="tokens of T5 (default 256) or of hashed_words (default 32)")
+    parser.add_argument("--text-width", type=int, help="width of hashed_words: tokens and pooled vector (default 128)")
+    parser.add_argument("--text-dtype", choices=("float32", "bfloat16", "float16"), help="of SD3's text encoders")
+    parser.add_argument("--captions", type=int, default=Plan.captions, help="caption alternatives kept of each picture")
+    parser.add_argument("--batch-size", type=int, default=Plan.batch_size, help="pictures encoded at a time")
+    parser.add_argument("--storage", choices=tuple(STORAGE), default=Plan.storage, help="of latents and text states on disk")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder's arithmetic")
+
+
+def _text_settings(args, kind: str) -> dict:
+    given = {
+        "hashed_words": {"length": args.text_length, "width": args.text_width, "pooled": args.text_width},
+        "sd3": {"max_length": args.text_length, "dtype": args.text_dtype},
+    }[kind]
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def make_encoder(module, params, batch_size: int) -> Encoder:
+    """The autoencoder as `encode_dataset` takes it; the pictures of a batch are spread over the local devices that divide it.
+
+    Args:
+      module, params: of the autoencoder; the module's `config` has scaling, shift and latent_channels.
+    """
+    devices = jax.local_devices()[: math.gcd(batch_size, jax.local_device_count())]
+    mesh = Mesh(np.array(devices), ("data",))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    placed = jax.device_put(params, everywhere)
+
+    @jax.jit
+    def posterior(params, pictures):
+        x = pictures.astype(jnp.float32) / 127.5 - 1
+        mean, logvar = module.apply({"params": params}, x, method="encode")
+        std = jnp.zeros_like(mean) if logvar is None else jnp.exp(0.5 * logvar)
+        return mean.astype(jnp.float32), std.astype(jnp.float32)
+
+    def encode(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(map(np.asarray, posterior(placed, jax.device_put(pictures, rows))))
+
+    config = {**dataclasses.asdict(module.config), "scaling": module.config.scaling, "shift": module.config.shift}
+    return Encoder(fingerprint(params), config, encode)
+
+
+def run(args) -> None:
+    buckets.check_resolution(args.resolution, args.buckets)
+    dataset = open_dataset(args.dataset)
+    models = open_models(args.models)
+    text_folder = Path(args.text_models) if args.text_models else models.text_folder()
+    if not args.text and not text_folder:
+        raise UserError(f"'{args.models}' has no text encoders: name a folder with --text-models, or add --text hashed_words.")
+    kind = args.text or "sd3"
+    text = open_text_encoder({"kind": kind, "settings": _text_settings(args, kind)}, text_folder)
+    print(f"Text: {text.notice}")
+    module, params = models.autoencoder(dtype=jnp.dtype(args.dtype))
+    encoder = make_encoder(module, params, args.batch_size)
+    plan = Plan(
+        resolution=args.resolution,
+        keep_aspect=args.buckets,
+        smallest_bucket=args.smallest_bucket,
+        batch_size=args.batch_size,
+        captions=args.captions,
+        storage=args.storage,
+    )
+    with progress() as show:
+        outcome = encode_dataset(dataset, args.out, encoder, text, plan, show)
+    for name, reason in outcome.rejects:
+        print(f"Left out: {name}: {reason}")
+    print(f"Pictures: {outcome.pictures_made} encoded, {outcome.pictures_kept} kept from before.")
+    print(f"Captions: {outcome.texts_made} encoded, {outcome.texts_kept} kept from before.")
+    print(
+        f"Latents of the autoencoder {encoder.fingerprint[:16]} are in {args.out}. Next: "
+        f"lwd train --config=FILE --workdir=D --config.data.latents={args.out}"
+    )

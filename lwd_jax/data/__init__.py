@@ -1,0 +1,1 @@
+"""Pictures, captions, datasets, latents and the batches made of them."""

@@ -1,0 +1,86 @@
+"""Captions beside pictures: NAME.txt, NAME.json, or a metadata.jsonl."""
+
+import json
+from pathlib import Path
+
+from lwd_jax.errors import UserError
+
+SOURCES = ("auto", "txt", "json", "metadata")
+FIELDS = ("captions", "caption", "text", "prompt")  # of JSON; the first that is there counts
+METADATA = "metadata.jsonl"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The caption file '{path}' is not UTF-8 text.") from error
+
+
+def _parse(text: str, where: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"The caption file {where} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"The caption file {where} should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def _captions(value: dict, where: str) -> tuple[str, ...]:
+    for field in FIELDS:
+        if field in value:
+            found = value[field] if isinstance(value[field], list) else [value[field]]
+            if not all(isinstance(caption, str) for caption in found):
+                raise UserError(f"In the caption file {where} the field '{field}' is neither text nor a list of texts.")
+            return tuple(" ".join(caption.split()) for caption in found if caption.strip())
+    return ()
+
+
+def _from_txt(picture: Path) -> tuple[str, ...]:
+    path = picture.with_suffix(".txt")
+    if not path.is_file():
+        return ()
+    return tuple(" ".join(line.split()) for line in _read(path).splitlines() if line.strip())
+
+
+def _from_json(picture: Path) -> tuple[str, ...]:
+    path = picture.with_suffix(".json")
+    return _captions(_parse(_read(path), f"'{path}'"), f"'{path}'") if path.is_file() else ()
+
+
+def _metadata(root: Path) -> dict[Path, tuple[str, ...]]:
+    """Captions of every metadata.jsonl under `root`; file names are relative to the metadata's folder."""
+    found = {}
+    for path in sorted(root.rglob(METADATA)):
+        for number, line in enumerate(_read(path).splitlines(), start=1):
+            if line.strip():
+                where = f"'{path}', line {number},"
+                value = _parse(line, where)
+                if not isinstance(value.get("file_name"), str):
+                    raise UserError(f"The caption file {where} has no 'file_name'.")
+                found[(path.parent / value["file_name"]).resolve()] = _captions(value, where)
+    return found
+
+
+def find_captions(root: Path, pictures: list[Path], source: str = "auto") -> list[tuple[str, ...]]:
+    """The caption alternatives of each picture; () where there are none.
+
+    A .txt holds one alternative per non-empty line; a .json and each line of a metadata.jsonl hold an object with
+    `caption`, `captions`, `text` or `prompt`: a text or a list of texts.
+
+    Args:
+      root: the folder that is searched for metadata.jsonl.
+      source: one of SOURCES; "auto" takes the first of .txt, .json and metadata.jsonl that has a caption.
+
+    Raises:
+      UserError: a caption file that is not UTF-8, not JSON, or of another form.
+    """
+    metadata = _metadata(root) if source in ("auto", "metadata") else {}
+    readers = {
+        "txt": _from_txt,
+        "json": _from_json,
+        "metadata": lambda picture: metadata.get(picture.resolve(), ()),
+    }
+    chosen = list(readers.values()) if source == "auto" else [readers[source]]
+    return [next((captions for read in chosen if (captions := read(picture))), ()) for picture in pictures]

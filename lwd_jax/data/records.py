@@ -1,0 +1,106 @@
+"""Folders of records: ArrayRecord files written and read through tensorflow-datasets, without TensorFlow.
+
+Traps of TFDS without TensorFlow: a picture goes in as encoded bytes and comes out so with SkipDecoding; a tensor of more
+than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a uint16 view.
+"""
+
+import functools
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import dataset_info, sequential_writer
+
+SPLIT = "train"
+RECORDS_PER_FILE = 1024
+RECORDS_PER_CALL = 32  # the writer rewrites its metadata in each call
+STORAGE = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+
+
+def array(rank: int, dtype) -> tfds.features.Tensor:
+    """The feature of an array whose sizes may differ from record to record."""
+    return tfds.features.Tensor(shape=(None,) * rank, dtype=np.dtype(dtype), encoding="bytes")
+
+
+def float_array(rank: int, storage: str) -> tfds.features.Tensor:
+    """The feature of what `pack` makes."""
+    return array(rank, np.float32 if storage == "float32" else np.uint16)
+
+
+def pack(values: np.ndarray, storage: str) -> np.ndarray:
+    """Floats as they are stored: float32, or the uint16 view of a 16-bit type (a row of STORAGE)."""
+    stored = np.ascontiguousarray(values, np.float32).astype(STORAGE[storage])
+    return stored if storage == "float32" else stored.view(np.uint16)
+
+
+def unpack(stored: np.ndarray, storage: str) -> np.ndarray:
+    """Inverse of `pack`, up to rounding; float32."""
+    return (stored if storage == "float32" else stored.view(STORAGE[storage])).astype(np.float32)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `target` when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = temporary.with_suffix(".old")
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict]) -> int:
+    """Writes the rows as a TFDS dataset `name` with the one split SPLIT into an existing folder; their number."""
+    identity = dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=os.fspath(folder), module_name=__name__
+    )
+    info = dataset_info.DatasetInfo(
+        builder=identity, features=tfds.features.FeaturesDict(features), description=f"{name} of lwd_jax"
+    )
+    writer = sequential_writer.SequentialWriter(info, RECORDS_PER_FILE, file_format="array_record")
+    writer.initialize_splits([SPLIT])
+    count, waiting = 0, []
+    for row in rows:
+        waiting.append(row)
+        count += 1
+        if len(waiting) == RECORDS_PER_CALL:
+            writer.add_examples({SPLIT: waiting})
+            waiting = []
+    writer.add_examples({SPLIT: waiting})
+    writer.close_all()
+    return count
+
+
+class Records:
+    """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files."""
+
+    def __init__(self, folder: Path, undecoded: tuple[str, ...] = ()):
+        """`undecoded`: picture features that come out as encoded bytes."""
+        self.folder = folder
+        self.undecoded = undecoded
+
+    @functools.cached_property
+    def _source(self):
+        decoders = {name: tfds.decode.SkipDecoding() for name in self.undecoded}
+        return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)
+
+    def __getstate__(self):
+        return {"folder": self.folder, "undecoded": self.undecoded}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[int(index)]

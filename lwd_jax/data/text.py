@@ -1,0 +1,215 @@
+"""Captions to text states, the conditioning that stage 2 trains on."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lwd_jax.errors import UserError, choose
+
+SD3_WIDTH = 4096  # of T5-XXL; taken where neither T5 nor a transformer/config.json is there to tell
+_HASHED = (".safetensors", ".json", ".txt", ".model")  # what a text encoder's output depends on
+_CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+_T5 = ("text_encoder_3", "tokenizer_3")
+
+
+class States(NamedTuple):
+    """Text states, float32: tokens [B L D]; mask [B L], 1 where a token is real; pooled [B P]."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    pooled: np.ndarray
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """An opened text encoder.
+
+    Attributes:
+      kind: a row of TEXT_ENCODERS.
+      fingerprint: of everything its states depend on.
+      length, width, pooled: L, D and P of its states.
+      settings: what it was opened with, besides its folder; `open_text_encoder` takes them back.
+      notice: one sentence for the user about what it is.
+      encode: captions -> States.
+    """
+
+    kind: str
+    fingerprint: str
+    length: int
+    width: int
+    pooled: int
+    settings: dict
+    notice: str
+    encode: Callable[[list[str]], States]
+
+    def describe(self) -> dict:
+        """What is written beside latents and exported models; a JSON object that `open_text_encoder` reads."""
+        names = ("kind", "fingerprint", "length", "width", "pooled", "settings")
+        return {name: getattr(self, name) for name in names}
+
+
+def _signs(word: str, width: int) -> np.ndarray:
+    bits = np.frombuffer(hashlib.shake_256(word.encode()).digest(-(-width // 8)), np.uint8)
+    return np.unpackbits(bits)[:width].astype(np.float32) * 2 - 1
+
+
+def hashed_words(folder: Path | None, length: int = 32, width: int = 128, pooled: int = 128) -> TextEncoder:
+    """A stand-in that needs no weights: each word is a vector of signs drawn from its hash.
+
+    It tells captions and their words apart, and knows nothing of what they mean. The first token marks the beginning; the
+    pooled vector is the sum of the word vectors over the square root of their number (0 for no words). Words are cut at
+    `length` - 1, lower-cased, and stripped of punctuation.
+
+    Args:
+      folder: not read.
+    """
+
+    def encode(captions: list[str]) -> States:
+        tokens = np.zeros((len(captions), length, width), np.float32)
+        mask = np.zeros((len(captions), length), np.float32)
+        vectors = np.zeros((len(captions), pooled), np.float32)
+        for row, caption in enumerate(captions):
+            stripped = (word.strip(".,;:!?\"'()[]") for word in caption.lower().split())
+            words = ["", *filter(None, stripped)][:length]
+            mask[row, : len(words)] = 1
+            for place, word in enumerate(words):
+                tokens[row, place] = _signs(f"token {word}", width)
+            if words[1:]:
+                vectors[row] = sum(_signs(f"pooled {word}", pooled) for word in words[1:]) / len(words[1:]) ** 0.5
+        return States(tokens, mask, vectors)
+
+    return TextEncoder(
+        kind="hashed_words",
+        fingerprint=hashlib.sha256(f"hashed_words 1 {length} {width} {pooled}".encode()).hexdigest(),
+        length=length,
+        width=width,
+        pooled=pooled,
+        settings={"length": length, "width": width, "pooled": pooled},
+        notice="hashed_words tells words apart but knows nothing of their meaning: a stand-in for a text encoder.",
+        encode=encode,
+    )
+
+
+def _fingerprint(folder: Path, parts: list[str], settings: dict) -> str:
+    digest = hashlib.sha256(json.dumps(["sd3", settings], sort_keys=True).encode())
+    for part in parts:
+        for path in sorted((folder / part).iterdir()):
+            if path.suffix in _HASHED:
+                digest.update(f"{part}/{path.name} {path.stat().st_size} ".encode())
+                with open(path, "rb") as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _load(cls, folder: Path, **options):
+    """A transformers model or tokenizer from a local folder; weights from safetensors only."""
+    if "dtype" in options and not list(folder.glob("*.safetensors")):
+        raise UserError(f"'{folder}' has no safetensors weights; pickled weights are not read, convert them first.")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{folder}' cannot be loaded as {cls.__name__}: {str(error).splitlines()[0]}") from error
+
+
+def _t5_width(folder: Path) -> int:
+    config = folder / "transformer" / "config.json"
+    return json.loads(config.read_text())["joint_attention_dim"] if config.is_file() else SD3_WIDTH
+
+
+def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> TextEncoder:
+    """SD3's three text encoders (arXiv 2403.03206, section 4 and appendix B.2), through transformers.
+
+    The penultimate states of CLIP-L and OpenCLIP bigG, 77 tokens each, side by side and zero-padded to T5's width; behind
+    them T5's states. Every token counts as real: SD3 attends to padding too. Without a text_encoder_3 folder T5's states
+    are zeros. The pooled vector is the two CLIPs' projections, one after the other. They run on a GPU if torch sees one.
+
+    Args:
+      folder: a diffusers pipeline folder: text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3.
+      max_length: T5's tokens.
+      dtype: of the encoders' weights and arithmetic: float32, bfloat16, float16.
+
+    Raises:
+      UserError: the extra [text] is not installed; a folder is missing, or is not what it should be.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError("SD3's text encoders need the extra [text]: pip install 'lwd_jax[text]'.") from error
+    if folder is None:
+        raise UserError("SD3's text encoders are read from a folder; name it with --text-models.")
+    folder = Path(folder)
+    has_t5 = (folder / _T5[0]).is_dir()
+    parts = [part for pair in (*_CLIPS, *([_T5] if has_t5 else [])) for part in pair]
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise UserError(f"'{folder}' has no folder '{part}', which SD3's text encoders need.")
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    model_options = {"dtype": choose(types, dtype, "text dtype"), "use_safetensors": True}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def pair(model_class, tokenizer_class, names):
+        model = _load(model_class, folder / names[0], **model_options).to(device).eval()
+        return model, _load(tokenizer_class, folder / names[1])
+
+    clips = [pair(transformers.CLIPTextModelWithProjection, transformers.CLIPTokenizer, names) for names in _CLIPS]
+    t5 = pair(transformers.T5EncoderModel, transformers.T5TokenizerFast, _T5) if has_t5 else None
+    clip_length = clips[0][1].model_max_length
+    width = t5[0].config.d_model if t5 else _t5_width(folder)
+    pooled = sum(model.config.projection_dim for model, _ in clips)
+    clip_width = sum(model.config.hidden_size for model, _ in clips)
+    if clip_width > width:
+        raise UserError(f"In '{folder}' the CLIP states are {clip_width} wide together, which exceeds T5's {width}.")
+    settings = {"max_length": max_length, "dtype": dtype}
+
+    def ids(tokenizer, captions, length):
+        return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    @torch.inference_mode()
+    def encode(captions: list[str]) -> States:
+        tokens = np.zeros((len(captions), clip_length + max_length, width), np.float32)
+        vectors, start = [], 0
+        for model, tokenizer in clips:
+            result = model(ids(tokenizer, captions, clip_length).to(device), output_hidden_states=True)
+            states = result.hidden_states[-2].float().cpu().numpy()
+            tokens[:, :clip_length, start : start + states.shape[-1]] = states
+            start += states.shape[-1]
+            vectors.append(result.text_embeds.float().cpu().numpy())
+        if t5:
+            model, tokenizer = t5
+            tokens[:, clip_length:] = model(ids(tokenizer, captions, max_length).to(device))[0].float().cpu().numpy()
+        return States(tokens, np.ones(tokens.shape[:2], np.float32), np.concatenate(vectors, axis=-1))
+
+    return TextEncoder(
+        kind="sd3",
+        fingerprint=_fingerprint(folder, parts, settings),
+        length=clip_length + max_length,
+        width=width,
+        pooled=pooled,
+        settings=settings,
+        notice=f"SD3's text encoders from '{folder}'{'' if t5 else ', without T5 (its states are zeros)'}.",
+        encode=encode,
+    )
+
+
+TEXT_ENCODERS = {"hashed_words": hashed_words, "sd3": sd3}
+
+
+def open_text_encoder(text: dict, folder: Path | None = None) -> TextEncoder:
+    """The text encoder that a description names.
+
+    Args:
+      text: {"kind": a row of TEXT_ENCODERS} or that with "settings", as `TextEncoder.describe` writes it.
+      folder: where its weights are, if it has any.
+
+    Raises:
+      UserError: an unknown kind, or weights that cannot be read.
+    """
+    settings = text["settings"] if "settings" in text else {}
+    return choose(TEXT_ENCODERS, text["kind"], "text encoder")(folder, **settings)
