@@ -1,0 +1,30 @@
+"""Writes the models of a run as a diffusers folder with a model card, for PyTorch and for `lwd sample`."""
+
+from lwd_jax.report.export import DTYPES, export
+
+EXAMPLE = "lwd export --workdir runs/stage2 --out sd3-lwd-2k"
+
+
+def arguments(parser):
+    parser.add_argument("--workdir", required=True, help="of the run, of either stage")
+    parser.add_argument("--out", required=True, help="folder to write: new, or empty")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--ema", action="store_true", help="the averaged weights, if the run has them (the default)")
+    which.add_argument("--plain", action="store_true", help="the weights as they were last, not averaged")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the files (default %(default)s)")
+    parser.add_argument("--autoencoder", default="", help="folder or workdir with the autoencoder, if not the run's own")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
+
+
+def run(args):
+    out = export(
+        args.workdir,
+        args.out,
+        ema=not args.plain,
+        dtype=args.dtype,
+        autoencoder=args.autoencoder,
+        overwrite=args.overwrite,
+    )
+    has_backbone = (out / "transformer").is_dir()
+    then = f'lwd sample --models {out} --prompt "..." --out samples' if has_backbone else f"lwd encode --models {out} ..."
+    print(f"Exported to {out}: its README.md shows how to use it in PyTorch. Next: {then}")

@@ -1,0 +1,22 @@
+"""Reads a diffusers folder, checks that its weights are exactly those of the model, and writes a workdir to start from.
+
+The workdir holds one model: the backbone, or (stage 1) the autoencoder.
+"""
+
+from lwd_jax.report.export import import_models
+
+EXAMPLE = "lwd import --models stable-diffusion-3-medium --workdir runs/sd3"
+
+
+def arguments(parser):
+    parser.add_argument("--models", required=True, help="diffusers folder: a pipeline, or one model")
+    parser.add_argument("--workdir", required=True, help="folder to write: new, or empty")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=0, help="1: the autoencoder; 2: the backbone, if it has one")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier workdir")
+
+
+def run(args):
+    config = import_models(args.models, args.workdir, stage=args.stage, overwrite=args.overwrite)
+    field = "autoencoder" if config.stage == 1 else "backbone"
+    variant = getattr(config.models, f"{field}_variant")
+    print(f"Imported the {field} ({variant}) to {args.workdir}. Next: lwd train --config.models.{field}={args.workdir} ...")

@@ -1,0 +1,92 @@
+"""Pictures from prompts, with the models of a diffusers folder or of a run's workdir.
+
+Every picture's noise depends on --seed and on its own number alone: jax.random.normal(fold_in(key(seed), number)). To start
+from the latents of a PyTorch run instead, save them ([N, C, h, w]) and name the file with --latents.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from lwd_jax.cli.progress import progress
+from lwd_jax.errors import UserError, choose
+from lwd_jax.report.pipeline import open_models, text_encoder
+from lwd_jax.report.samples import INDEX, Request, encode_prompts, read_noise, sample_pictures, write_samples
+from lwd_jax.report.staging import check_free, staged
+from lwd_jax.sample.solvers import SOLVERS
+
+EXAMPLE = 'lwd sample --models runs/stage2 --prompt "a red boat on a lake" --out samples --resolution 1536x1024 --seed 7'
+
+
+def arguments(parser):
+    parser.add_argument("--models", required=True, help="diffusers folder, or workdir of a run of stage 2")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompt-file", help="text file with one prompt a line")
+    parser.add_argument("--negative", default="", help="prompt to steer away from (default: the empty caption)")
+    parser.add_argument("--out", required=True, help="folder to write: new, or empty")
+    parser.add_argument("--resolution", help="side in px, or WIDTHxHEIGHT (default: what the models were made for)")
+    parser.add_argument("--steps", type=int, help="solver steps (default: the run's, or 28)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = off (default: the run's, or 5)")
+    parser.add_argument("--shift", type=float, help="of the noise levels (default: the run's, or the scheduler's)")
+    parser.add_argument("--solver", help=f"{' or '.join(SOLVERS)} (default: the run's, or euler)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")
+    parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures sampled at a time (default %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--plain", action="store_true", help="of a workdir, the weights as they were last, not averaged")
+    parser.add_argument("--autoencoder", default="", help="of a workdir: folder or workdir with another autoencoder")
+    parser.add_argument("--text-models", default="", help="diffusers folder with the text encoders, if --models has none")
+    parser.add_argument("--latents", help="initial noise, .npy or .safetensors, [pictures, channels, height/8, width/8]")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier samples in --out")
+
+
+def _prompts(args) -> tuple[str, ...]:
+    prompts = list(args.prompt)
+    if args.prompt_file:
+        if not Path(args.prompt_file).is_file():
+            raise UserError(f"There is no file '{args.prompt_file}'.")
+        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("There is nothing to draw: give --prompt or --prompt-file.")
+    if args.count < 1:
+        raise UserError(f"--count must be at least 1, but it is {args.count}.")
+    return tuple(prompt for prompt in prompts for _ in range(args.count))
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(width, height) of "1024" or "1536x1024"."""
+    width, _, height = text.lower().partition("x")
+    if not width.isdecimal() or not (height or width).isdecimal():
+        raise UserError(f"Write --resolution as a side in px or as WIDTHxHEIGHT, not as '{text}'.")
+    return int(width), int(height or width)
+
+
+def _request(args, models) -> Request:
+    given = {name: value for name in ("steps", "guidance", "shift", "solver") if (value := getattr(args, name)) is not None}
+    sampling = dataclasses.replace(models.sampling(), **given)
+    choose(SOLVERS, sampling.solver, "solver")
+    noise = read_noise(args.latents) if args.latents else None
+    if args.resolution:
+        width, height = _size(args.resolution)
+    elif noise is not None:
+        height, width = (8 * side for side in noise.shape[1:3])
+    else:
+        width = height = models.resolution()
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return Request(_prompts(args), width, height, sampling, args.negative, args.seed, args.batch, dtype, noise)
+
+
+def run(args):
+    check_free(args.out, args.overwrite, INDEX)
+    models = open_models(args.models, ema=not args.plain, autoencoder=args.autoencoder)
+    request = _request(args, models)
+    encoder = text_encoder(models, args.text_models)
+    print(f"Text: {encoder.notice}")
+    cond, null = encode_prompts(encoder, request)
+    del encoder  # it may be larger than the models
+    with staged(args.out, args.overwrite, INDEX) as folder, progress() as show:
+        samples = write_samples(folder, sample_pictures(models, request, cond, null, show), request, models.describe())
+    number = f"{len(samples)} picture{'' if len(samples) == 1 else 's'}"
+    print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {Path(args.out) / samples[0].file} --out inspection")

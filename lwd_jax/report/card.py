@@ -1,0 +1,188 @@
+"""The model card of an exported folder: what was trained, how, with what result, and how to use it in PyTorch."""
+
+import json
+import statistics
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lwd_jax.train import metrics
+
+PAPER = "https://arxiv.org/abs/2506.00433"
+WINDOW = 10  # logged lines that a figure is averaged over
+_FIGURES = {
+    1: {
+        "loss": "loss",
+        "reconstruction": "reconstruction term",
+        "scale_consistency": "scale consistency term",
+        "lpips": "LPIPS-VGG",
+        "psnr": "PSNR (dB)",
+    },
+    2: {
+        "loss": "loss",
+        "loss_detail": "unmasked loss, most detailed quarter of the positions",
+        "loss_smooth": "unmasked loss, smoothest quarter of the positions",
+        "supervised_fraction": "supervised fraction of the positions",
+    },
+}
+_INHERITED = ("license", "license_name", "license_link", "base_model", "language")
+
+
+def last_figures(workdir: Path, stage: int) -> dict[str, float]:
+    """Label -> mean over the last WINDOW logged lines that have it."""
+    lines = metrics.read(workdir)
+    figures = {}
+    for name, label in _FIGURES[stage].items():
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if values:
+            figures[label] = statistics.fmean(values[-WINDOW:])
+    return figures
+
+
+def _figures(workdir: Path, manifest: dict) -> str:
+    figures = last_figures(workdir, manifest["stage"])
+    if not figures:
+        return "The run logged no figures."
+    rows = "\n".join(f"| {label} | {value:.4g} |" for label, value in figures.items())
+    return f"Means over the last {WINDOW} logged windows of the training run (training data).\n\n| figure | value |\n|---|---|\n{rows}"
+
+
+def _objective(config: dict) -> str:
+    if config["stage"] == 1:
+        terms = config["reconstruction"]
+        return (
+            f"Stage 1: scale-consistent fine-tuning of the autoencoder, {terms['distance']} reconstruction, scale consistency "
+            f"weighted {terms['alpha']}, KL {terms['beta']}, LPIPS {terms['lpips']}."
+        )
+    matching = config["matching"]
+    if matching["mask"] == "everywhere":
+        return "Stage 2: flow matching without a mask (the baseline)."
+    return (
+        f"Stage 2: flow matching under the wavelet mask `{matching['mask']}` ({matching['wavelet']}, floor {matching['floor']}, "
+        f"map of the {matching['source']} latent)."
+    )
+
+
+def _origin(config: dict) -> str:
+    models = config["models"]
+    source = models["backbone"] if config["stage"] == 2 else models["autoencoder"]
+    return f"It started from `{Path(source).name}`." if source else "It started from random weights."
+
+
+_AUTOENCODER_USE = """```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+```"""
+_PIPELINE_USE = """```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
+picture = pipe(
+    "a red boat on a lake",
+    max_sequence_length={max_length},
+    height={side},
+    width={side},
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+).images[0]
+```"""
+_STATES_USE = """This folder has no text encoders (the captions of the run were encoded by `{kind}`), so the pipeline is given text states:
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+from lwd_jax.report.pipeline import open_models, text_encoder
+
+states = text_encoder(open_models(folder)).encode(["a red boat on a lake", ""])
+tokens, pooled = (torch.tensor(part, dtype=torch.{dtype}) for part in (states.tokens, states.pooled))
+pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
+picture = pipe(
+    prompt_embeds=tokens[:1],
+    pooled_prompt_embeds=pooled[:1],
+    negative_prompt_embeds=tokens[1:],
+    negative_pooled_prompt_embeds=pooled[1:],
+    height={side},
+    width={side},
+    num_inference_steps={steps},
+    guidance_scale={guidance},
+).images[0]
+```"""
+
+
+def _use(manifest: dict, absent: list[str]) -> str:
+    if manifest["stage"] == 1:
+        return _AUTOENCODER_USE
+    sampling, text = manifest["sampling"], manifest["text"]
+    return (_STATES_USE if "text_encoder" in absent else _PIPELINE_USE).format(
+        dtype=manifest["dtype"],
+        side=manifest["config"]["resolution"],
+        steps=sampling["steps"],
+        guidance=sampling["guidance"],
+        kind=text.get("kind", "something that the run does not name"),
+        max_length=text.get("settings", {}).get("max_length", 256),  # 256 is the pipeline's own default
+        absent="".join(f", {part}=None" for part in absent),
+    )
+
+
+def inherited(source: Path | None) -> dict:
+    """Licence, base model and languages that the card of the models it started from declares; {} where it declares none."""
+    if source is None or not (source / "README.md").is_file():
+        return {}
+    declared = ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict()
+    return {name: declared[name] for name in _INHERITED if name in declared}
+
+
+def write_card(folder: Path, manifest: dict, workdir: Path, *, absent: list[str], base: Path | None) -> None:
+    """Writes README.md.
+
+    Args:
+      folder: the exported folder.
+      manifest: the content of its lwd.json.
+      workdir: of the run, for metrics.jsonl.
+      absent: the parts of a pipeline that are not in the folder: text encoders and tokenizers.
+      base: the diffusers folder the run started from, whose licence the weights keep; None = random weights.
+    """
+    config, stage = manifest["config"], manifest["stage"]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if stage == 2 else "image-to-image",
+        tags=["latent-wavelet-diffusion", "lwd_jax"],
+        **inherited(base),
+    )
+    prints = "\n".join(f"- {name}: `{value}`" for name, value in manifest["fingerprints"].items())
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {config["name"] or f"Latent Wavelet Diffusion, stage {stage}"}
+
+{_objective(config)} Trained with lwd_jax ([Latent Wavelet Diffusion]({PAPER})) at {config["resolution"]} px, batch
+{config["data"]["batch_size"]}, {config["optimizer"]["name"]} at {config["optimizer"]["learning_rate"]:g}, for {manifest["step"]} steps;
+these are the {"averaged (EMA)" if manifest["weights"] == "ema" else "plain"} weights in {manifest["dtype"]}.
+{_origin(config)}
+
+## Use
+
+`folder` is the path of this folder.
+
+{_use(manifest, absent)}
+
+## Figures
+
+{_figures(workdir, manifest)}
+
+## Weights
+
+SHA-256 of names, shapes and float32 values, whatever the files are stored as:
+
+{prints}
+
+## Config
+
+```json
+{json.dumps(config, indent=2)}
+```
+"""
+    ModelCard(text).save(folder / "README.md")

@@ -1,0 +1,189 @@
+"""Between workdirs and diffusers folders: `export` writes what StableDiffusion3Pipeline reads, `import_models` the reverse."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from lwd_jax.autoencoders import save_autoencoder
+from lwd_jax.backbones import save_backbone
+from lwd_jax.config import Config, Models, Training, to_json
+from lwd_jax.errors import UserError
+from lwd_jax.report.card import write_card
+from lwd_jax.report.pipeline import MANIFEST, TEXT_PARTS, FolderModels, WorkdirModels, open_models
+from lwd_jax.report.staging import staged
+from lwd_jax.train.checkpoint import Checkpoints
+from lwd_jax.train.models import BACKBONE, MODEL_FILE, TRAINED, describe, open_model
+from lwd_jax.train.state import State
+from lwd_jax.weights.folder import fingerprint
+from lwd_jax.weights.model import Model
+
+INDEX = "model_index.json"
+PIPELINE = "StableDiffusion3Pipeline"
+DIFFUSERS_VERSION = "0.35.0"  # the release whose fields the files below have
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link where the file system allows one: text encoders are tens of gigabytes and are never written to again."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _add_text(folder: Path, models: WorkdirModels) -> dict:
+    """Puts the text encoders and tokenizers of the base models beside the rest; their entries of model_index.json."""
+    source = models.text_folder() if models.text().get("kind") == "sd3" else None
+    if source is None:
+        return dict.fromkeys(TEXT_PARTS, (None, None))
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    present = [part for part in TEXT_PARTS if (source / part).is_dir()]
+    for part in present:
+        shutil.copytree(source / part, folder / part, copy_function=_link_or_copy)
+    return {part: index[part] if part in present else (None, None) for part in TEXT_PARTS}
+
+
+def _add_scheduler(folder: Path, shift: float) -> None:
+    (folder / "scheduler").mkdir()
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": 1000,
+        "shift": shift,
+    }
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _export_autoencoder(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
+    """Stage 1: (entries of model_index.json, fingerprints, step)."""
+    _, module, params, step = models.trained()
+    save_autoencoder(folder / "vae", module, params, dtype=dtype)
+    return {"vae": ("diffusers", "AutoencoderKL")}, {"autoencoder": fingerprint(params)}, step
+
+
+def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
+    """Stage 2: the same, one model in memory at a time."""
+    module, params = models.autoencoder()
+    save_autoencoder(folder / "vae", module, params, dtype=dtype)
+    fingerprints = {"autoencoder": fingerprint(params)}
+    del params
+    _, module, params, step = models.trained()
+    save_backbone(folder / "transformer", module, params, dtype=dtype)
+    fingerprints["backbone"] = fingerprint(params)
+    _add_scheduler(folder, models.sampling().shift)
+    parts = {
+        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        "transformer": ("diffusers", "SD3Transformer2DModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "image_encoder": (None, None),
+        "feature_extractor": (None, None),
+    }
+    return parts | _add_text(folder, models), fingerprints, step
+
+
+def export(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    ema: bool = True,
+    dtype: str = "float32",
+    autoencoder: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a run's models as a diffusers folder with a model card; whole or not at all.
+
+    Stage 1 gives `vae/` alone, stage 2 a pipeline; text encoders come along where the models it started from had them.
+
+    Args:
+      workdir: of the run.
+      out: the folder, new or empty.
+      ema: the averaged weights, where the run kept an average; False: the plain ones.
+      dtype: of the files, one of DTYPES.
+      autoencoder: another folder or workdir to take the autoencoder of stage 2 from.
+      overwrite: replace an earlier export.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: no workdir, no checkpoint, no autoencoder, or `out` is taken.
+    """
+    models = open_models(workdir, ema=ema, autoencoder=autoencoder)
+    if not isinstance(models, WorkdirModels):
+        raise UserError(f"{workdir} is a diffusers folder already; lwd export takes the workdir of a run.")
+    if dtype not in DTYPES:
+        raise UserError(f"Weights can be written as {', '.join(DTYPES)}, but not as {dtype}.")
+    stage = models.config.stage
+    with staged(out, overwrite, MANIFEST) as folder:
+        write = _export_autoencoder if stage == 1 else _export_pipeline
+        parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
+        _write_json(folder / INDEX, {"_class_name": PIPELINE, "_diffusers_version": DIFFUSERS_VERSION} | parts)
+        manifest = {
+            "stage": stage,
+            "step": step,
+            "weights": models.describe()["weights"],
+            "dtype": dtype,
+            "fingerprints": fingerprints,
+            "text": models.text() if stage == 2 else {},
+            "sampling": dataclasses.asdict(models.sampling()) if stage == 2 else {},
+            "config": dataclasses.asdict(models.config),
+        }
+        _write_json(folder / MANIFEST, manifest)
+        absent = [part for part in TEXT_PARTS if not (folder / part).is_dir()]
+        write_card(folder, manifest, Path(workdir), absent=absent, base=models.origin())
+    return Path(out)
+
+
+def _variant(model: Model, sizes) -> str:
+    """The name of the row of sizes that a folder's config equals, or "": its own sizes are in model.json."""
+    return next((name for name, known in model.variants.items() if known == sizes), "")
+
+
+def import_models(folder: str | os.PathLike, workdir: str | os.PathLike, *, stage: int = 0, overwrite: bool = False) -> Config:
+    """Makes a workdir whose checkpoint, step 0, holds the weights of a diffusers folder, checked to cover the model exactly.
+
+    Args:
+      folder: a pipeline folder or that of one model.
+      workdir: new or empty.
+      stage: 1 takes the autoencoder, 2 the backbone (its autoencoder stays where it is); 0 = 2 where there is a backbone.
+      overwrite: replace an earlier workdir.
+
+    Returns:
+      The config of the workdir.
+
+    Raises:
+      UserError: no such folder, missing, extra or misshaped weights, `workdir` is taken.
+    """
+    source = open_models(folder)
+    if not isinstance(source, FolderModels):
+        raise UserError(f"{folder} is a workdir already; lwd import takes a diffusers folder.")
+    kind = TRAINED[stage or (2 if source.has_backbone() else 1)]
+    opened = open_model(kind, str(source.path), "")
+    path = str(source.path.absolute())
+    names = {
+        "autoencoder": path if source.has_autoencoder() else "",
+        kind.field: path,
+        f"{kind.field}_variant": _variant(opened.model, opened.module.config),
+    }
+    settings = {"resolution": source.resolution(), "sampling": source.sampling()} if kind is BACKBONE else {}
+    # No average: there is nothing to continue here, only weights to start from.
+    config = Config(f"import of {source.path.name}", kind.stage, models=Models(**names), training=Training(ema=0.0), **settings)
+    with staged(workdir, overwrite, "config.json") as target:
+        zero = jnp.zeros((), jnp.int32)
+        checkpoints = Checkpoints(target, keep=1)
+        try:
+            checkpoints.save(State(zero, opened.params(), {}, {}, zero, zero), {}, config)
+            checkpoints.finish(0)
+        finally:
+            checkpoints.close()
+        (target / MODEL_FILE).write_text(describe(kind, opened, {}), encoding="utf-8")
+        (target / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
+    return config

@@ -1,0 +1,265 @@
+"""The models a command was pointed at: a diffusers folder, or the workdir of a run of either stage.
+
+Nothing is read before it is asked for, and nothing is kept: `autoencoder()` and `backbone()` read their weights each time,
+so that a command can drop one model before it loads the other.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lwd_jax.backbones import sd3
+from lwd_jax.config import Config, Sampling
+from lwd_jax.data.latents import open_latents
+from lwd_jax.data.text import TextEncoder, open_text_encoder
+from lwd_jax.errors import UserError
+from lwd_jax.train.checkpoint import is_workdir, read_params
+from lwd_jax.train.checkpoint import read_config as read_run
+from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model
+from lwd_jax.train.step import keeps_average
+from lwd_jax.weights.folder import read_config
+from lwd_jax.weights.model import find_folder
+
+MANIFEST = "lwd.json"  # what `lwd export` writes beside model_index.json
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+# Settings of diffusers' flow-matching schedulers that change the noise levels; only these values are reproduced here.
+_SCHEDULE = {
+    "use_dynamic_shifting": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "shift_terminal": None,
+}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not sound JSON: {error}.") from error
+
+
+def _flow_shift(folder: Path) -> float:
+    """The static shift of a diffusers scheduler folder.
+
+    Raises:
+      UserError: not a flow-matching scheduler, or one with a schedule that is not reproduced here.
+    """
+    scheduler = _read_json(folder / "scheduler_config.json")
+    name = scheduler.get("_class_name", "")
+    if not name.startswith("FlowMatch"):
+        raise UserError(f"{folder} names the scheduler {name}, but only flow-matching schedulers are supported.")
+    for setting, plain in _SCHEDULE.items():
+        if scheduler.get(setting, plain) != plain:
+            raise UserError(f"{folder} sets {setting} to {scheduler[setting]}, which is not supported.")
+    return float(scheduler.get("shift", 1.0))  # 1.0 is what diffusers reads where the field is absent
+
+
+def _read(kind: Kind, path: Path, ema: bool, *, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", shardings=None):
+    """(module, params) of a folder or workdir.
+
+    Args:
+      kind: AUTOENCODER or BACKBONE.
+      path: the folder.
+      ema: of a workdir, the averaged parameters.
+      dtype, param_dtype, remat: of the module.
+      shardings: a function from the abstract parameters to layouts; None = the default device.
+    """
+    opened = open_model(kind, str(path), "", ema=ema, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    return opened.module, opened.params(shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderModels:
+    """A diffusers folder: a whole pipeline, or the folder of one model.
+
+    Attributes:
+      path: the folder.
+      config: None; a folder is no run.
+    """
+
+    path: Path
+    config: None = None
+
+    def autoencoder(self, **options):
+        """(module, params); options as of `_read`."""
+        return _read(AUTOENCODER, self.path, True, **options)
+
+    def backbone(self, **options):
+        """(module, params); options as of `_read`."""
+        return _read(BACKBONE, self.path, True, **options)
+
+    def sampling(self) -> Sampling:
+        """The settings to sample with: the run's own where `lwd export` wrote them, with the scheduler's shift."""
+        sampling = Sampling(**self.manifest()["sampling"]) if self.manifest().get("sampling") else Sampling()
+        if not (self.path / "scheduler").is_dir():
+            return sampling
+        return dataclasses.replace(sampling, shift=_flow_shift(self.path / "scheduler"))
+
+    def resolution(self) -> int:
+        """The side in px of the square pictures the backbone was made for."""
+        foreign = read_config(find_folder(self.path, BACKBONE.subfolder))
+        return sd3.from_foreign(foreign).sample_size * sd3.LATENT_FACTOR
+
+    def has_autoencoder(self) -> bool:
+        """Whether the folder has or is one."""
+        return self._holds(AUTOENCODER)
+
+    def has_backbone(self) -> bool:
+        """Whether the folder has or is one."""
+        return self._holds(BACKBONE)
+
+    def _holds(self, kind: Kind) -> bool:
+        folder = find_folder(self.path, kind.subfolder)
+        return (folder / "config.json").is_file() and read_config(folder).get("_class_name") in kind.models
+
+    def origin(self) -> Path:
+        """The folder itself."""
+        return self.path
+
+    def describe(self) -> dict:
+        """A JSON object that says what was opened."""
+        return {"path": str(self.path)}
+
+    def manifest(self) -> dict:
+        """lwd.json of an exported folder, or {}."""
+        path = self.path / MANIFEST
+        return _read_json(path) if path.is_file() else {}
+
+    def text(self) -> dict:
+        """What encodes captions: {"kind": a row of data.text.TEXT_ENCODERS, ...}, or {} where nothing is known."""
+        if "text" in self.manifest():
+            return self.manifest()["text"]
+        return {"kind": "sd3"} if self.text_folder() else {}
+
+    def text_folder(self) -> Path | None:
+        """The folder that holds text_encoder/ and its kin, or None."""
+        return self.path if (self.path / TEXT_PARTS[0]).is_dir() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkdirModels:
+    """The workdir of a run, of either stage.
+
+    Attributes:
+      path: the workdir.
+      config: of the run.
+      ema: whether to take the averaged weights of this workdir; those of earlier ones follow its config.
+      other_autoencoder: a folder or workdir to take the autoencoder from, "" = the one the run used.
+    """
+
+    path: Path
+    config: Config
+    ema: bool = True
+    other_autoencoder: str = ""
+
+    def trained(self):
+        """(kind, module, params, step) of the model that this run trained, in float32."""
+        kind = TRAINED[self.config.stage]
+        module = open_model(kind, str(self.path), "").module
+        params, _, step = read_params(self.path, self.ema)
+        return kind, module, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), step
+
+    def autoencoder(self, **options):
+        """(module, params): the one this run trained (stage 1) or worked with (stage 2); options as of `_read`."""
+        ema, named = self.config.models.ema, self.config.models.autoencoder
+        if self.other_autoencoder:
+            return open_models(self.other_autoencoder, ema=ema).autoencoder(**options)
+        if self.config.stage == 1:
+            return _read(AUTOENCODER, self.path, self.ema, **options)
+        if not named:
+            raise UserError(f"The run in '{self.path}' names no autoencoder (models.autoencoder); name one with --autoencoder.")
+        if not Path(named).is_dir():
+            raise UserError(f"The run in '{self.path}' used the autoencoder in '{named}', which is gone; name it with --autoencoder.")
+        return open_models(named, ema=ema).autoencoder(**options)
+
+    def backbone(self, **options):
+        """(module, params): the one this run trained; a run of stage 1 has none. Options as of `_read`."""
+        if self.config.stage == 1:
+            raise UserError(f"The run in '{self.path}' is of stage 1: it has an autoencoder, but no backbone.")
+        return _read(BACKBONE, self.path, self.ema, **options)
+
+    def describe(self) -> dict:
+        """A JSON object that says what was opened."""
+        averaged = self.ema and keeps_average(self.config)
+        return {"path": str(self.path), "name": self.config.name, "weights": "ema" if averaged else "plain"}
+
+    def sampling(self) -> Sampling:
+        """The settings to sample with."""
+        return self.config.sampling
+
+    def resolution(self) -> int:
+        """The side in px of the square pictures of the run."""
+        return self.config.resolution
+
+    def text(self) -> dict:
+        """What encoded the captions that the run was trained on; as FolderModels.text."""
+        if self.config.data.latents:
+            return open_latents(self.config.data.latents).metadata["text"]
+        base = self.base()
+        return base.text() if base else {}
+
+    def base(self):
+        """The models that the run started from, or None where it started from random weights or they are gone."""
+        source = self.config.models.backbone if self.config.stage == 2 else self.config.models.autoencoder
+        return open_models(source) if source and Path(source).is_dir() else None
+
+    def origin(self) -> Path | None:
+        """The diffusers folder at the beginning of the chain of runs, or None."""
+        base = self.base()
+        return base.origin() if base else None
+
+    def text_folder(self) -> Path | None:
+        """The folder with the text encoders of the models that the run started from, or None."""
+        base = self.base()
+        return base.text_folder() if base else None
+
+
+def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str = "") -> FolderModels | WorkdirModels:
+    """The models of a diffusers folder or of a workdir; nothing is read yet.
+
+    Args:
+      path: a folder with model_index.json, the folder of one model, or a workdir with config.json and checkpoints/.
+      ema: of a workdir, the averaged weights.
+      autoencoder: another folder or workdir to take the autoencoder of a workdir from; "" = the one its run used.
+
+    Raises:
+      UserError: there is no such folder, or it is neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"There is no folder '{path}'.")
+    if is_workdir(path):
+        return WorkdirModels(path, read_run(path), ema, autoencoder)
+    if any((path / name).is_file() for name in ("model_index.json", "config.json")):
+        return FolderModels(path)
+    raise UserError(f"'{path}' holds no models: it is neither a diffusers folder nor a workdir.")
+
+
+def text_encoder(models: FolderModels | WorkdirModels, folder: str | os.PathLike = "") -> TextEncoder:
+    """The text encoder that belongs to the models.
+
+    Args:
+      models: of `open_models`.
+      folder: a diffusers folder with text encoders; "" = the one the models came with.
+
+    Raises:
+      UserError: none is known, it cannot be read, or it is not the one that the training captions were encoded with.
+    """
+    text = models.text() or ({"kind": "sd3"} if folder else {})
+    if not text:
+        raise UserError(f"'{models.path}' comes with no text encoder; name a folder that has them with --text-models.")
+    encoder = open_text_encoder(text, Path(folder) if folder else models.text_folder())
+    trained_with = text.get("fingerprint", encoder.fingerprint)
+    if trained_with != encoder.fingerprint:
+        raise UserError(
+            f"'{models.path}' was trained on captions of another text encoder: its fingerprint is {trained_with[:16]}, that "
+            f"of the one given {encoder.fingerprint[:16]}."
+        )
+    return encoder

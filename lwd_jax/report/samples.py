@@ -1,0 +1,203 @@
+"""Prompts -> pictures -> a folder of PNG files that say how they were made, with samples.json beside them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
+
+from lwd_jax.config import Sampling
+from lwd_jax.data.text import TextEncoder
+from lwd_jax.errors import UserError
+from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.report.pipeline import FolderModels, WorkdirModels
+from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler
+from lwd_jax.sample.schedule import sigmas
+
+INDEX = "samples.json"
+SIZE_UNIT = 16  # px: 8 of the autoencoder times 2 of a patch
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to sample.
+
+    Attributes:
+      prompts: one picture each; the position is the picture's index, which its noise depends on.
+      negative: prompt to steer away from; "" = the empty caption of training.
+      width, height: px.
+      sampling: solver, steps, guidance (at most 1 = off), shift.
+      seed: of the noise.
+      batch: pictures at a time.
+      dtype: of matrix products and activations, and of the parameters in memory.
+      noise: [N h w C] to start from instead of the seed's; None = by the seed.
+    """
+
+    prompts: tuple[str, ...]
+    width: int
+    height: int
+    sampling: Sampling
+    negative: str = ""
+    seed: int = 0
+    batch: int = 1
+    dtype: str = "float32"
+    noise: np.ndarray | None = None
+
+    def __post_init__(self):
+        if not self.prompts:
+            raise UserError("There is no prompt.")
+        if self.width < SIZE_UNIT or self.height < SIZE_UNIT or self.width % SIZE_UNIT or self.height % SIZE_UNIT:
+            raise UserError(f"Pictures must measure multiples of {SIZE_UNIT} px, but {self.width} x {self.height} was asked for.")
+        if self.batch < 1:
+            raise UserError(f"At least one picture at a time must be sampled, but the batch is {self.batch}.")
+
+
+class Sample(NamedTuple):
+    """One line of samples.json: the file, what it shows, the seed and index of its noise."""
+
+    file: str
+    prompt: str
+    negative: str
+    seed: int | None
+    index: int
+    width: int
+    height: int
+
+
+def read_noise(path: str) -> np.ndarray:
+    """Latents saved from PyTorch, [N C h w] in a .npy file or the one tensor of a .safetensors file -> [N h w C] float32.
+
+    Raises:
+      UserError: no such file, another kind of file, not one tensor with four axes.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"There is no file '{path}'.")
+    try:
+        if file.suffix == ".npy":
+            tensors = [np.load(file, allow_pickle=False)]
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="np") as opened:
+                tensors = [opened.get_tensor(name) for name in opened.keys()]
+        else:
+            raise UserError(f"Latents are read from .npy and .safetensors files, but '{path}' is neither.")
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}.") from error
+    if len(tensors) != 1 or tensors[0].ndim != 4:
+        raise UserError(f"'{path}' must hold one tensor of latents, [pictures, channels, height, width].")
+    return np.ascontiguousarray(tensors[0].transpose(0, 2, 3, 1), dtype=np.float32)
+
+
+def encode_prompts(encoder: TextEncoder, request: Request) -> tuple[Conditioning, Conditioning]:
+    """Text states, on the host: of every prompt [N ..], and of the negative one [1 ..]."""
+    captions = list(dict.fromkeys((*request.prompts, request.negative)))
+    states = encoder.encode(captions)
+
+    def of(wanted):
+        rows = [captions.index(caption) for caption in wanted]
+        return Conditioning(tokens=states.tokens[rows], mask=states.mask[rows], pooled=states.pooled[rows])
+
+    return of(request.prompts), of([request.negative])
+
+
+def _noise(request: Request, indices: np.ndarray, shape: tuple[int, int, int]) -> Any:
+    return initial_noise(request.seed, indices, shape) if request.noise is None else request.noise[indices]
+
+
+def _latents(models, request: Request, cond: Conditioning, null: Conditioning, on_progress) -> np.ndarray:
+    """z0 of every picture, on the host; the backbone is let go of on return."""
+    kind = jnp.dtype(request.dtype)
+    module, params = models.backbone(dtype=kind, param_dtype=kind)
+    width, pooled = module.config.joint_attention_dim, module.config.pooled_projection_dim
+    if (cond.tokens.shape[-1], cond.pooled.shape[-1]) != (width, pooled):
+        raise UserError(
+            f"The text states are {cond.tokens.shape[-1]} and pooled {cond.pooled.shape[-1]} wide, but the backbone of "
+            f"'{models.path}' reads {width} and {pooled}."
+        )
+    shape = (request.height // 8, request.width // 8, module.config.in_channels)
+    count = len(request.prompts)
+    if request.noise is not None and request.noise.shape != (count, *shape):
+        n, h, w, c = request.noise.shape
+        raise UserError(f"The latents given are {n} of {c} x {h} x {w}, but {count} of {shape[2]} x {shape[0]} x {shape[1]} are needed.")
+    sampler, levels = make_sampler(module, request.sampling.solver), sigmas(request.sampling.steps, request.sampling.shift)
+    null = jax.tree.map(lambda x: np.repeat(x, request.batch, axis=0), null) if request.sampling.guidance > 1 else None
+    done = []
+    for start in range(0, count, request.batch):
+        # The last batch is filled up with copies, so that one program serves all.
+        rows = np.minimum(np.arange(start, start + request.batch), count - 1)
+        part = jax.tree.map(lambda x: x[rows], cond)
+        z0 = sampler(params, _noise(request, rows, shape), part, null, request.sampling.guidance, levels)
+        done.append(np.asarray(z0)[: count - start])
+        on_progress("sampling", min(start + request.batch, count), count)
+    return np.concatenate(done)
+
+
+def _ignore(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def sample_pictures(
+    models: FolderModels | WorkdirModels,
+    request: Request,
+    cond: Conditioning,
+    null: Conditioning,
+    on_progress: Callable[[str, int, int], None] = _ignore,
+) -> Iterator[np.ndarray]:
+    """The pictures of a request, in order. Backbone and autoencoder are in memory one after the other.
+
+    Args:
+      models: of `open_models`.
+      request: what to sample.
+      cond, null: text states of the N prompts and of the negative one, of `encode_prompts`.
+      on_progress: called with ("sampling" or "decoding", done, total).
+
+    Yields:
+      uint8 [H W 3].
+
+    Raises:
+      UserError: no backbone or autoencoder; text states or latents of another shape.
+    """
+    z0 = _latents(models, request, cond, null, on_progress)
+    kind = jnp.dtype(request.dtype)
+    module, params = models.autoencoder(dtype=kind, param_dtype=kind)
+    if module.config.latent_channels != z0.shape[-1]:
+        raise UserError(f"The autoencoder has {module.config.latent_channels} latent channels, but the backbone {z0.shape[-1]}.")
+    decode = make_decoder(module)
+    for number in range(len(z0)):
+        picture = decode_in_chunks(decode, params, z0[number : number + 1])[0]
+        on_progress("decoding", number + 1, len(z0))
+        yield picture
+
+
+def write_samples(folder: Path, pictures: Iterator[np.ndarray], request: Request, origin: dict) -> list[Sample]:
+    """Writes PNG files, each with its parameters as text, and samples.json.
+
+    Args:
+      folder: an empty folder.
+      pictures: of `sample_pictures`.
+      request: the same.
+      origin: what is known of the models; a JSON object.
+
+    Returns:
+      One Sample per picture.
+    """
+    settings = dataclasses.asdict(request.sampling) | {"dtype": request.dtype}
+    seed = request.seed if request.noise is None else None
+    samples = []
+    for index, (prompt, picture) in enumerate(zip(request.prompts, pictures, strict=True)):
+        sample = Sample(f"{index:05d}.png", prompt, request.negative, seed, index, request.width, request.height)
+        text = PngInfo()
+        text.add_itxt("prompt", prompt)
+        text.add_itxt("lwd", json.dumps({**sample._asdict(), **settings, "models": origin}, ensure_ascii=False))
+        Image.fromarray(picture).save(folder / sample.file, pnginfo=text)
+        samples.append(sample)
+    index = {"models": origin, "settings": settings, "samples": [sample._asdict() for sample in samples]}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return samples

@@ -1,0 +1,52 @@
+"""Output folders that are there whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lwd_jax.errors import UserError
+
+
+def check_free(folder: str | os.PathLike, overwrite: bool, marker: str) -> None:
+    """A UserError when an output folder is taken.
+
+    Args:
+      folder: where the result is to go; not there, or empty.
+      overwrite: it may also be there, if it holds `marker`, the file by which an earlier result is known. Anything else
+        (a home folder, a typo) is never deleted.
+      marker: a file name.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists and is not empty; name a new folder or add --overwrite.")
+    if not (folder / marker).is_file():
+        raise UserError(f"{folder} is not overwritten: it has no {marker}, so it is not the result of an earlier run.")
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A temporary sibling of `folder` to write into; it takes the folder's place when the block ends without an error.
+
+    Args: as `check_free`, which is asked first.
+
+    Yields:
+      The empty sibling folder.
+    """
+    check_free(folder, overwrite, marker)
+    folder = Path(folder).absolute()
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
