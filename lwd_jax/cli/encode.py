@@ -1,8 +1,8 @@
 """Makes the latents and text states that stage 2 trains on, of a dataset.
 
 Each picture is scaled to its aspect bucket, cropped at its centre and encoded; mean and standard deviation are kept,
-unscaled. Entries are keyed by content and by the weights that made them: run the command again after a kill or a change of
-the dataset, and only what is missing is computed.
+unscaled. Entries are keyed by content and by the weights that made them: run the command again after a kill or a change
+of the dataset, and only what is missing is computed.
 """
 
 import argparse
@@ -25,29 +25,42 @@ from lwd_jax.errors import UserError
 from lwd_jax.report.pipeline import open_models
 from lwd_jax.weights.folder import fingerprint
 
-EXAMPLE = "lwd encode --dataset data/photographs --models runs/stage1 --text sd3 --text-models sd3-medium --out data/latents"
+EXAMPLE = (
+    "lwd encode --dataset data/photographs --models runs/stage1 --text sd3 --text-models sd3-medium --out data/latents"
+)
 
 
 def arguments(parser) -> None:
     parser.add_argument("--dataset", required=True, help="folder made by lwd prepare")
-    parser.add_argument("--models", required=True, help="diffusers folder, or workdir of a stage-1 run: the autoencoder")
+    parser.add_argument(
+        "--models", required=True, help="diffusers folder, or workdir of a stage-1 run: the autoencoder"
+    )
     parser.add_argument("--out", required=True, help="folder of latents to write or to bring up to date")
     parser.add_argument("--resolution", type=int, default=1024, help="px; as in the config of stage 2")
     parser.add_argument(
-        "--buckets", action=argparse.BooleanOptionalAction, default=True, help="keep aspect ratios, or take centre squares"
+        "--buckets",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep aspect ratios, or take centre squares",
     )
     parser.add_argument(
         "--smallest-bucket", type=int, default=Plan.smallest_bucket, help="buckets of fewer pictures join a neighbour"
     )
-    parser.add_argument("--text", choices=tuple(TEXT_ENCODERS), help="text encoder; default sd3, if there is a folder of it")
+    parser.add_argument(
+        "--text", choices=tuple(TEXT_ENCODERS), help="text encoder; default sd3, if there is a folder of it"
+    )
     parser.add_argument("--text-models", help="diffusers pipeline folder with the text encoders; default --models")
     parser.add_argument("--text-length", type=int, help="tokens of T5 (default 256) or of hashed_words (default 32)")
     parser.add_argument("--text-width", type=int, help="width of hashed_words: tokens and pooled vector (default 128)")
     parser.add_argument("--text-dtype", choices=("float32", "bfloat16", "float16"), help="of SD3's text encoders")
     parser.add_argument("--captions", type=int, default=Plan.captions, help="caption alternatives kept of each picture")
     parser.add_argument("--batch-size", type=int, default=Plan.batch_size, help="pictures encoded at a time")
-    parser.add_argument("--storage", choices=tuple(STORAGE), default=Plan.storage, help="of latents and text states on disk")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder's arithmetic")
+    parser.add_argument(
+        "--storage", choices=tuple(STORAGE), default=Plan.storage, help="of latents and text states on disk"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder's arithmetic"
+    )
 
 
 def _text_settings(args, kind: str) -> dict:
@@ -59,7 +72,7 @@ def _text_settings(args, kind: str) -> dict:
 
 
 def make_encoder(module, params, batch_size: int) -> Encoder:
-    """The autoencoder as `encode_dataset` takes it; the pictures of a batch are spread over the local devices that divide it.
+    """The autoencoder as `encode_dataset` takes it; a batch is spread over as many local devices as divide it.
 
     Args:
       module, params: of the autoencoder; the module's `config` has scaling, shift and latent_channels.
@@ -89,7 +102,9 @@ def run(args) -> None:
     models = open_models(args.models)
     text_folder = Path(args.text_models) if args.text_models else models.text_folder()
     if not args.text and not text_folder:
-        raise UserError(f"'{args.models}' has no text encoders: name a folder with --text-models, or add --text hashed_words.")
+        raise UserError(
+            f"'{args.models}' has no text encoders: name a folder with --text-models, or add --text hashed_words."
+        )
     kind = args.text or "sd3"
     text = open_text_encoder({"kind": kind, "settings": _text_settings(args, kind)}, text_folder)
     print(f"Text: {text.notice}")

@@ -2,8 +2,8 @@
 
 The folder is searched with its subfolders. The caption of photo.jpg is read from photo.txt (each line an alternative),
 photo.json ({"caption": text or list}, also "captions", "text", "prompt") or a metadata.jsonl ({"file_name", "text"}).
-EXIF orientation, colour profiles, transparency and 16-bit grey are brought to upright sRGB; a JPEG or PNG that is so already
-keeps its bytes. Pictures that cannot be read, bombs and duplicates are left out and listed.
+EXIF orientation, colour profiles, transparency and 16-bit grey are brought to upright sRGB; a JPEG or PNG that is so
+already keeps its bytes. Pictures that cannot be read, bombs and duplicates are left out and listed.
 """
 
 from collections import Counter
@@ -27,7 +27,9 @@ def arguments(parser) -> None:
     parser.add_argument("--out", required=True, help="dataset folder to write")
     parser.add_argument("--resolution", type=int, default=1024, help="px, for the printed table of aspect buckets")
     parser.add_argument("--captions-from", choices=SOURCES, default="auto", help="where captions are looked for")
-    parser.add_argument("--no-captions", action="store_true", help="go on if no picture has a caption (stage 1 needs none)")
+    parser.add_argument(
+        "--no-captions", action="store_true", help="go on if no picture has a caption (stage 1 needs none)"
+    )
 
 
 def _bucket_table(summary: Summary, resolution: int) -> Table:
@@ -66,7 +68,9 @@ def run(args) -> None:
             "stage 1 alone needs none: add --no-captions."
         )
     with progress() as show:
-        summary = write_dataset(args.out, args.images, paths, captions, lambda done, total: show("pictures", done, total))
+        summary = write_dataset(
+            args.out, args.images, paths, captions, lambda done, total: show("pictures", done, total)
+        )
     console = Console()
     console.print(_bucket_table(summary, args.resolution))
     if summary.rejects:

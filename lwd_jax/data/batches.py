@@ -1,7 +1,7 @@
 """Endless, shuffled training batches whose state is one number, and the held-out examples.
 
-Every example is a pure function of (config, its place in the stream), see data/order.py. So the batches are the same for any
-number of worker processes and hosts, and after a restart at any place.
+Every example is a pure function of (config, its place in the stream), see data/order.py. So the batches are the same
+for any number of worker processes and hosts, and after a restart at any place.
 """
 
 import logging
@@ -13,7 +13,8 @@ from absl import flags
 
 from lwd_jax.config import Config
 from lwd_jax.data import buckets, order
-from lwd_jax.data.dataset import Dataset, held_out as held_out_numbers, open_dataset
+from lwd_jax.data.dataset import Dataset, open_dataset
+from lwd_jax.data.dataset import held_out as held_out_numbers
 from lwd_jax.data.latents import Latents, open_latents
 from lwd_jax.data.order import Order
 from lwd_jax.data.pictures import UNREADABLE, decode
@@ -28,7 +29,9 @@ _LOG = logging.getLogger(__name__)
 class Pictures:
     """Stage 1: {"picture": [H W 3] uint8} at a place of the stream; a picture that cannot be read is replaced."""
 
-    def __init__(self, dataset: Dataset, config: Config, stream: Order, bucket_of: np.ndarray, table: list[tuple[int, int]]):
+    def __init__(
+        self, dataset: Dataset, config: Config, stream: Order, bucket_of: np.ndarray, table: list[tuple[int, int]]
+    ):
         self.dataset, self.stream, self.bucket_of, self.table = dataset, stream, bucket_of, table
         self.seed, self.flip, self.random_crop = config.seed, config.data.flip, config.data.buckets
 
@@ -159,7 +162,9 @@ def _open_latents(config: Config) -> Latents:
     latents = open_latents(config.data.latents)
     made, wanted = latents.metadata["resolution"], config.resolution
     if made != wanted:
-        raise UserError(f"The latents in '{latents.folder}' were made at {made} px, but the config's resolution is {wanted}.")
+        raise UserError(
+            f"The latents in '{latents.folder}' were made at {made} px, but the config's resolution is {wanted}."
+        )
     if latents.metadata["buckets"] != config.data.buckets:
         kinds = {True: "aspect buckets", False: "squares"}
         made, wanted = kinds[latents.metadata["buckets"]], kinds[config.data.buckets]
@@ -177,8 +182,8 @@ def make_batches(config: Config, *, process_index: int, process_count: int, star
     """The training batches of a config.
 
     Stage 1: {"picture": uint8 [B H W 3]}. Stage 2: {"mean", "std": [B h w C] unscaled, "tokens": [B L D], "token_mask":
-    [B L], "pooled": [B P]}, float32; caption dropout is applied. B counts this process's rows; the rows of all processes,
-    one after the other, are the global batch. All pictures of a global batch have one bucket's shape.
+    [B L], "pooled": [B P]}, float32; caption dropout is applied. B counts this process's rows; the rows of all
+    processes, one after the other, are the global batch. All pictures of a global batch have one bucket's shape.
 
     Args:
       process_index, process_count: which share of the rows this process loads.
@@ -193,7 +198,11 @@ def make_batches(config: Config, *, process_index: int, process_count: int, star
         training = np.setdiff1d(np.arange(len(dataset)), held_out_numbers(dataset.sha256, config.data.held_out))
         bucket_of = np.full(len(dataset), -1)
         bucket_of[training], table = buckets.assign(
-            dataset.heights[training], dataset.widths[training], config.resolution, config.data.buckets, config.data.batch_size
+            dataset.heights[training],
+            dataset.widths[training],
+            config.resolution,
+            config.data.buckets,
+            config.data.batch_size,
         )
         stream = Order(bucket_of, config.data.batch_size, config.seed)
         example = Pictures(dataset, config, stream, bucket_of, table)

@@ -1,4 +1,7 @@
-"""Aspect buckets: the few sizes that pictures are trained at. Pictures are scaled isotropically and cropped, never squeezed."""
+"""Aspect buckets: the few sizes that pictures are trained at.
+
+Pictures are scaled by one factor and cropped, never squeezed.
+"""
 
 import numpy as np
 
@@ -25,20 +28,23 @@ def check_resolution(resolution: int, keep_aspect: bool) -> None:
 
 
 def sizes(resolution: int, keep_aspect: bool) -> list[tuple[int, int]]:
-    """The (height, width) of all buckets, px, of about resolution^2 area, from tall to wide; one square without aspects."""
+    """The (height, width) of all buckets, px, of about resolution^2 area, from tall to wide; or the one square."""
     check_resolution(resolution, keep_aspect)
     if not keep_aspect:
         return [(resolution, resolution)]
     unit = multiple(resolution)
     found = []
     for aspect in ASPECTS:
-        height, width = (max(unit, unit * round(side / unit)) for side in (resolution / aspect**0.5, resolution * aspect**0.5))
-        if (height, width) not in found:
-            found.append((height, width))
+        sides = (resolution / aspect**0.5, resolution * aspect**0.5)
+        size = tuple(max(unit, unit * round(side / unit)) for side in sides)
+        if size not in found:
+            found.append(size)
     return found
 
 
-def assign(heights, widths, resolution: int, keep_aspect: bool, minimum: int = 1) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def assign(
+    heights, widths, resolution: int, keep_aspect: bool, minimum: int = 1
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The bucket of each picture: the nearest in log aspect.
 
     Args:

@@ -1,7 +1,7 @@
 """The one dataset format: standard pictures with their captions.
 
-A dataset is a folder that tensorflow-datasets reads (`tfds.builder_from_directory`), and beside it `index.npz` (sizes and
-hashes of all records, so that buckets need no picture to be read) and `prepared.json` (what was left out, and why).
+A dataset is a folder that tensorflow-datasets reads (`tfds.builder_from_directory`), and beside it `index.npz` (sizes
+and hashes of all records, so that buckets need no picture to be read) and `prepared.json` (what was left out, and why).
 """
 
 import hashlib
@@ -85,7 +85,9 @@ def held_out(sha256: np.ndarray, count: int) -> np.ndarray:
       UserError: nothing would be left to train on.
     """
     if count >= len(sha256):
-        raise UserError(f"data.held_out is {count}, but there are only {len(sha256)} pictures: none would be left to train on.")
+        raise UserError(
+            f"data.held_out is {count}, but there are only {len(sha256)} pictures: none would be left to train on."
+        )
     return np.argsort(sha256, kind="stable")[len(sha256) - count :]
 
 
@@ -198,4 +200,3 @@ def write_dataset(
         left_out = {"rejects": summary.rejects, "without_caption": summary.uncaptioned}
         (folder / REPORT).write_text(json.dumps(left_out, indent=1, ensure_ascii=False), encoding="utf-8")
     return summary
-

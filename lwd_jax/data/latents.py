@@ -1,9 +1,9 @@
 """Latents and text states of a dataset, made once and read in stage 2.
 
-A folder of latents holds two stores, `pictures/` (mean and std) and `text/` (text states), a `metadata.json` that says what
-made them, and the index file it names: which entry belongs to which record of the dataset. Entries are keyed by content and
-by the weights that made them, so encoding a changed dataset again computes only what changed. metadata.json is written
-last: without it the folder is not complete, and encoding again continues.
+A folder of latents holds two stores, `pictures/` (mean and std) and `text/` (text states), a `metadata.json` that says
+what made them, and the index file it names: which entry belongs to which record of the dataset. Entries are keyed by
+content and by the weights that made them, so encoding a changed dataset again computes only what changed. metadata.json
+is written last: without it the folder is not complete, and encoding again continues.
 """
 
 import hashlib
@@ -97,7 +97,9 @@ def _packed(name: str, values: np.ndarray, storage: str) -> np.ndarray:
     limit = float(np.finfo(np.float16).max) if storage == "float16" else np.inf
     if not np.all(np.abs(values) <= limit):  # NaN fails too
         largest = float(np.max(np.abs(values)))
-        raise UserError(f"The {name} reaches {largest:g}, which {storage} cannot hold; use --storage float32, or mend the model.")
+        raise UserError(
+            f"The {name} reaches {largest:g}, which {storage} cannot hold; use --storage float32, or mend the model."
+        )
     return pack(values, storage)
 
 
@@ -187,7 +189,9 @@ def encode_dataset(
     keys, made, rejects = _encode_pictures(store, dataset, sizes, encoder, plan, on_progress)
     live = [number for number, key in enumerate(keys) if key in store.keys]
     if not live:
-        raise UserError(f"None of the {len(dataset)} pictures can be read; the first, {rejects[0][0]}: {rejects[0][1]}.")
+        raise UserError(
+            f"None of the {len(dataset)} pictures can be read; the first, {rejects[0][0]}: {rejects[0][1]}."
+        )
     index = {
         "latents": np.array([store.keys[keys[number]] for number in live], np.int64),
         "sizes": np.array([sizes[number] for number in live], np.int64),
@@ -226,17 +230,19 @@ def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, reje
     }
 
 
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    temporary = target.with_name(f"partial-{target.name}")
+    write(temporary)
+    os.replace(temporary, target)
+
+
 def _finish(out: Path, index: dict, metadata: dict) -> None:
     """Writes the index under a name of its own, and then, at once, the metadata that names it."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(index[name]).tobytes() for name in sorted(index)))
     name = f"index-{digest.hexdigest()[:16]}.npz"
-    for target, write in (
-        (out / name, lambda path: np.savez(path, **index)),
-        (out / METADATA, lambda path: path.write_text(json.dumps({**metadata, "index": name}, indent=1, ensure_ascii=False))),
-    ):
-        temporary = out / f"partial-{target.name}"
-        write(temporary)
-        os.replace(temporary, target)
+    _replace(out / name, lambda path: np.savez(path, **index))
+    text = json.dumps({**metadata, "index": name}, indent=1, ensure_ascii=False)
+    _replace(out / METADATA, lambda path: path.write_text(text, encoding="utf-8"))
     for old in set(out.glob("index-*.npz")) - {out / name}:
         old.unlink()
 
@@ -245,8 +251,8 @@ class Latents:
     """Random access to encoded records, in the order of their dataset.
 
     Attributes:
-      metadata: what metadata.json says: autoencoder_fingerprint, autoencoder (its config), text (kind, fingerprint, length,
-        width, pooled, settings), resolution, buckets, storage, records, shapes, rejects.
+      metadata: what metadata.json says: autoencoder_fingerprint, autoencoder (its config), text (kind, fingerprint,
+        length, width, pooled, settings), resolution, buckets, storage, records, shapes, rejects.
       sizes: [N 2] (height, width) of each record's bucket, px.
       sha256: [N] hashes of the pictures.
     """
@@ -295,7 +301,9 @@ def open_latents(folder: str | os.PathLike) -> Latents:
     if not folder.is_dir():
         raise UserError(f"There is no folder of latents '{folder}'.")
     if not (folder / METADATA).is_file():
-        state = "is not complete: run the same lwd encode again" if (folder / "pictures").is_dir() else "holds no latents"
+        state = (
+            "is not complete: run the same lwd encode again" if (folder / "pictures").is_dir() else "holds no latents"
+        )
         raise UserError(f"'{folder}' {state} (it has no {METADATA}).")
     metadata = json.loads((folder / METADATA).read_text())
     if metadata["format"] != FORMAT:
@@ -318,6 +326,6 @@ def check_text(latents: Latents, width: int, pooled: int) -> None:
     text = latents.metadata["text"]
     if (text["width"], text["pooled"]) != (width, pooled):
         raise UserError(
-            f"The text states in '{latents.folder}' ({text['kind']}) are {text['width']} and pooled {text['pooled']} wide, "
-            f"but the backbone reads {width} and {pooled}."
+            f"The text states in '{latents.folder}' ({text['kind']}) are {text['width']} and pooled {text['pooled']} "
+            f"wide, but the backbone reads {width} and {pooled}."
         )

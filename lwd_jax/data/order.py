@@ -1,7 +1,8 @@
 """Which record stands at which place of the endless training stream: a pure function of (seed, index).
 
-Nothing here has state, so the position of a run is one number, and worker processes, hosts and restarts cannot disagree.
-Randomness comes from integer hashing, not from numpy's generators, whose streams may change between numpy versions.
+Nothing here has state, so the position of a run is one number, and worker processes, hosts and restarts cannot
+disagree. Randomness comes from integer hashing, not from numpy's generators, whose streams may change between numpy
+versions.
 """
 
 import functools
@@ -44,9 +45,9 @@ def permutation(n: int, *words: int) -> np.ndarray:
 class Order:
     """The endless stream of records in which every batch lies in one bucket.
 
-    In each epoch the members of a bucket are shuffled and cut into batches; the last batch of a bucket is filled up from
-    another shuffle of the same bucket. So each epoch shows every record at least once, and a bucket that holds at least a
-    batch shows none more than twice. The batches of all buckets are then shuffled.
+    In each epoch the members of a bucket are shuffled and cut into batches; the last batch of a bucket is filled up
+    from another shuffle of the same bucket. So each epoch shows every record at least once, and a bucket that holds at
+    least a batch shows none more than twice. The batches of all buckets are then shuffled.
     """
 
     def __init__(self, bucket_of: np.ndarray, batch_size: int, seed: int):

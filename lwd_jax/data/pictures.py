@@ -138,8 +138,9 @@ def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Im
 def decode(data: bytes, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
     """A standard picture scaled by one factor until it just covers `size`, and cropped to it.
 
-    The filter is Pillow's Lanczos on sRGB values (not linear light), as diffusion models are trained with. A JPEG at least
-    four times too large is first reduced by powers of two in the DCT domain, to no less than twice the size, for speed.
+    The filter is Pillow's Lanczos on sRGB values (not linear light), as diffusion models are trained with. A JPEG at
+    least four times too large is first reduced by powers of two in the DCT domain, to no less than twice the size, for
+    speed.
 
     Args:
       data: the encoded picture.

@@ -1,7 +1,7 @@
 """Folders of records: ArrayRecord files written and read through tensorflow-datasets, without TensorFlow.
 
-Traps of TFDS without TensorFlow: a picture goes in as encoded bytes and comes out so with SkipDecoding; a tensor of more
-than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a uint16 view.
+Traps of TFDS without TensorFlow: a picture goes in as encoded bytes and comes out so with SkipDecoding; a tensor of
+more than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a uint16 view.
 """
 
 import functools

@@ -61,9 +61,9 @@ def _signs(word: str, width: int) -> np.ndarray:
 def hashed_words(folder: Path | None, length: int = 32, width: int = 128, pooled: int = 128) -> TextEncoder:
     """A stand-in that needs no weights: each word is a vector of signs drawn from its hash.
 
-    It tells captions and their words apart, and knows nothing of what they mean. The first token marks the beginning; the
-    pooled vector is the sum of the word vectors over the square root of their number (0 for no words). Words are cut at
-    `length` - 1, lower-cased, and stripped of punctuation.
+    It tells captions and their words apart, and knows nothing of what they mean. The first token marks the beginning;
+    the pooled vector is the sum of the word vectors over the square root of their number (0 for no words). Words are
+    cut at `length` - 1, lower-cased, and stripped of punctuation.
 
     Args:
       folder: not read.
@@ -125,12 +125,14 @@ def _t5_width(folder: Path) -> int:
 def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> TextEncoder:
     """SD3's three text encoders (arXiv 2403.03206, section 4 and appendix B.2), through transformers.
 
-    The penultimate states of CLIP-L and OpenCLIP bigG, 77 tokens each, side by side and zero-padded to T5's width; behind
-    them T5's states. Every token counts as real: SD3 attends to padding too. Without a text_encoder_3 folder T5's states
-    are zeros. The pooled vector is the two CLIPs' projections, one after the other. They run on a GPU if torch sees one.
+    The penultimate states of CLIP-L and OpenCLIP bigG, 77 tokens each, side by side and zero-padded to T5's width;
+    behind them T5's states. Every token counts as real: SD3 attends to padding too. Without a text_encoder_3 folder
+    T5's states are zeros. The pooled vector is the two CLIPs' projections, one after the other. They run on a GPU if
+    torch sees one.
 
     Args:
-      folder: a diffusers pipeline folder: text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3.
+      folder: a diffusers pipeline folder: text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2,
+        tokenizer_3.
       max_length: T5's tokens.
       dtype: of the encoders' weights and arithmetic: float32, bfloat16, float16.
 
@@ -169,7 +171,9 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
     settings = {"max_length": max_length, "dtype": dtype}
 
     def ids(tokenizer, captions, length):
-        return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
 
     @torch.inference_mode()
     def encode(captions: list[str]) -> States:
@@ -211,5 +215,5 @@ def open_text_encoder(text: dict, folder: Path | None = None) -> TextEncoder:
     Raises:
       UserError: an unknown kind, or weights that cannot be read.
     """
-    settings = text["settings"] if "settings" in text else {}
+    settings = text.get("settings", {})
     return choose(TEXT_ENCODERS, text["kind"], "text encoder")(folder, **settings)
