@@ -49,7 +49,7 @@ def _no_duplicates(pairs):
 
 
 def _header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file. The library checks the file; names given twice, which it accepts, do not pass."""
+    """The tensors of one safetensors file. The library checks it, but accepts a name given twice; this does not."""
     try:
         with safe_open(path, framework="np"), open(path, "rb") as file:
             text = file.read(int.from_bytes(file.read(8), "little"))
@@ -86,16 +86,19 @@ def read_config(folder: str | os.PathLike) -> dict:
 
 def _weights_file(folder: Path) -> Path:
     """The safetensors file or index of a folder: the plain one, or the only variant (such as .fp16)."""
-    plain = [path for path in (folder / f"{STEM}.safetensors", folder / f"{STEM}.safetensors.index.json") if path.is_file()]
-    variants = [p for p in sorted(folder.glob(f"{STEM}.*.safetensors")) + sorted(folder.glob(f"{STEM}.safetensors.index.*.json"))]
-    found = plain or variants
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    names = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+    plain = [folder / name for name in names if (folder / name).exists()]
+    variants = [*folder.glob(f"{STEM}.*.safetensors"), *folder.glob(f"{STEM}.safetensors.index.*.json")]
+    found = plain or sorted(variants)
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{folder} holds more than one set of weights: {', '.join(path.name for path in found)}.")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
-        raise UserError(f"{folder} holds weights as a pickle ({pickles[0]}), which can run code; convert it to safetensors.")
+        raise UserError(f"{folder} holds a pickle ({pickles[0]}), which can run code: convert it to safetensors.")
     raise UserError(f"{folder} holds no weights: there is no {STEM}.safetensors.")
 
 
@@ -201,7 +204,7 @@ def write_folder(
 
 
 def fingerprint(params) -> str:
-    """SHA-256 (hex) of the names, shapes and float32 values of a parameter tree; files, shards and dtypes do not matter."""
+    """SHA-256 (hex) of names, shapes and float32 values of a parameter tree; files, shards and dtypes do not matter."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flat(params).items()):
         digest.update(f"{path} {tuple(leaf.shape)}\n".encode())

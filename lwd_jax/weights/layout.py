@@ -25,7 +25,7 @@ CONV = _permuted("convolution: (out, in, height, width) -> (height, width, in, o
 
 
 def conv_as_linear(height: int, width: int) -> Layout:
-    """A convolution whose stride is its kernel, as a linear layer on patches flattened in the order (row, column, channel).
+    """A convolution whose stride is its kernel, as a linear layer on patches flattened as (row, column, channel).
 
     (out, in, height, width) -> (height width in, out).
     """

@@ -55,12 +55,12 @@ def abstract_params(model: Model, config, param_dtype=jnp.float32):
 
 
 def init_params(model: Model, config, key: jax.Array, dtype=jnp.float32, *, shardings=None):
-    """Random parameters of the given dtype, made where `shardings` (a tree, or None for the default device) puts them."""
+    """Random parameters of the given dtype, made where `shardings` (a tree; None = the default device) puts them."""
     return jax.jit(_initialiser(model, config, dtype), out_shardings=shardings)(key)
 
 
 def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
-    """The model folder itself: `folder`, or its `subfolder` where `folder` is a whole pipeline (has a model_index.json)."""
+    """The model's own folder: `folder`, or its `subfolder` where it is a whole pipeline's (has a model_index.json)."""
     folder = Path(folder)
     return folder / subfolder if (folder / "model_index.json").is_file() else folder
 
@@ -107,7 +107,7 @@ def load(
         raise UserError(f"{folder}: {error}") from error
 
 
-def save(model: Model, folder: str | os.PathLike, module: nn.Module, params, *, dtype=None, max_shard_bytes: float = 5e9) -> None:
+def save(model: Model, folder: str | os.PathLike, module: nn.Module, params, *, dtype=None) -> None:
     """Writes a diffusers folder that `load` and diffusers' from_pretrained read. See `write_folder`."""
     foreign = {"_class_name": model.class_name} | model.to_foreign(module.config)
-    write_folder(folder, foreign, write(model.rows(module.config), params), max_shard_bytes, dtype)
+    write_folder(folder, foreign, write(model.rows(module.config), params), dtype=dtype)

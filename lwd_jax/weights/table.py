@@ -25,8 +25,8 @@ class Row(NamedTuple):
     """One parameter of ours and where it comes from.
 
     Attributes:
-      foreign: the name of the foreign tensor. With `count` > 0 it holds "{i}", which runs over start .. start + count - 1;
-        these tensors are stacked on a new leading axis of the one parameter.
+      foreign: the name of the foreign tensor. With `count` > 0 it holds "{i}", which runs over start .. start + count
+        - 1, and these tensors are stacked on a new leading axis of the one parameter.
       ours: path of our parameter, components separated by "/".
       layout: of one foreign tensor (without the stacked axis).
       older: another name under which older checkpoints store the same tensor; read, never written.
@@ -124,7 +124,8 @@ def cover(rows: Sequence[Row], manifest: Mapping[str, tuple[int, ...]], abstract
         expected = _expected(row, tuple(params[row.ours].shape))
         for name in _names(row, manifest):
             if tuple(manifest[name]) != expected:
-                misshaped.append(f"'{name}' is {tuple(manifest[name])}, not {expected or f'one of {row.count} stacked'}")
+                wanted = expected if expected is not None else f"one of a stack of {row.count}"
+                misshaped.append(f"'{name}' is {tuple(manifest[name])}, not {wanted}")
     if misshaped:
         count = _tensors(len(misshaped))
         raise UserError(f"The checkpoint has {count} of another shape than this model: {_listed(misshaped)}.")

@@ -1,0 +1,226 @@
+"""Laws: AutoencoderKL gives diffusers' numbers and gradients on the same weights; sizes, freezing and remat are right."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lwd_jax.autoencoders import kl
+from lwd_jax.errors import UserError
+from lwd_jax.weights.model import abstract_params, init_params
+from lwd_jax.weights.table import cover, flat, read
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+FOUR = kl.Config(4, (16, 16, 24), 1, 8, use_quant_conv=True, use_post_quant_conv=True)
+SIXTEEN = kl.Config(16, (8, 16, 16, 24), 2, 8)
+SMALL = {"4 channels, quant convs": FOUR, "16 channels": SIXTEEN}
+
+
+def size_of(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def relative(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def run(config: kl.Config, params, x, method: str, **kinds):
+    """A jitted method of the module, in the highest precision."""
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(lambda p, x: kl.AutoencoderKL(config, **kinds).apply({"params": p}, x, method=method))(params, x)
+
+
+def torch_twin(config: kl.Config, seed: int = 0):
+    """A random diffusers model, with norms and biases away from their plain starting values, and our parameters of it."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    twin = diffusers.AutoencoderKL(**kl.to_foreign(config)).eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    tensors = {name: tensor.detach().numpy() for name, tensor in twin.state_dict().items()}
+    return torch, twin, read(kl.rows(config), tensors, abstract_params(kl.AUTOENCODER, config))
+
+
+def nchw(torch, array):
+    return torch.tensor(np.moveaxis(np.asarray(array), -1, 1).copy())
+
+
+def nhwc(tensor):
+    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("latent", [(1, 3), (5, 4)])
+def test_forward_equals_diffusers(config, latent):
+    torch, twin, params = torch_twin(config)
+    rng = np.random.default_rng(1)
+    side = [config.factor * n for n in latent]
+    x = rng.uniform(-1, 1, (2, *side, 3)).astype(np.float32)
+    z = rng.standard_normal((2, *latent, config.latent_channels)).astype(np.float32)
+    posterior = run(config, params, x, "encode")
+    picture = run(config, params, z, "decode")
+    with torch.no_grad():
+        theirs = twin.encode(nchw(torch, x)).latent_dist
+        their_picture = twin.decode(nchw(torch, z)).sample
+    assert posterior.mean.shape == z.shape and picture.shape == x.shape
+    assert relative(posterior.mean, nhwc(theirs.mean)) < 1e-5
+    assert relative(posterior.logvar, nhwc(theirs.logvar)) < 1e-5
+    assert relative(picture, nhwc(their_picture)) < 1e-5
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_gradients_equal_diffusers(config):
+    """Of a loss that reaches every parameter, with respect to parameters and picture."""
+    torch, twin, params = torch_twin(config)
+    rng = np.random.default_rng(2)
+    x = rng.uniform(-1, 1, (1, 3 * config.factor, 5 * config.factor, 3)).astype(np.float32)
+    module = kl.AutoencoderKL(config)
+
+    def loss(params, x):
+        posterior = module.apply({"params": params}, x, method="encode")
+        picture = module.apply({"params": params}, posterior.mean, method="decode")
+        return jnp.mean((picture - x) ** 2) + 0.1 * jnp.mean(jnp.exp(posterior.logvar) + posterior.mean**2)
+
+    with jax.default_matmul_precision("highest"):
+        value, (of_params, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    their_x = nchw(torch, x).requires_grad_()
+    dist = twin.encode(their_x).latent_dist
+    theirs = ((twin.decode(dist.mean).sample - their_x) ** 2).mean()
+    theirs = theirs + 0.1 * (dist.logvar.exp() + dist.mean**2).mean()
+    theirs.backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in twin.named_parameters()}
+    their_params = flat(read(kl.rows(config), gradients, abstract_params(kl.AUTOENCODER, config)))
+    assert abs(value - theirs.item()) < 1e-5 * theirs.item()
+    assert relative(of_x, nhwc(their_x.grad)) < 1e-4
+    whole = math.sqrt(sum(float(jnp.sum(g**2)) for g in their_params.values()))
+    for path, gradient in flat(of_params).items():
+        # A bias before a norm, or of the keys, has gradient zero but for rounding: compared to the whole gradient there.
+        error = np.linalg.norm(np.asarray(gradient - their_params[path]))
+        assert error < 1e-4 * max(np.linalg.norm(their_params[path]), 1e-4 * whole), path
+
+
+def test_parameter_counts():
+    counts = {name: size_of(abstract_params(kl.AUTOENCODER, config)) for name, config in kl.VARIANTS.items()}
+    assert counts["sd3"] == counts["flux"] == 83_819_683
+    assert counts["sdxl"] == 83_653_863
+    assert 1e6 < counts["tiny"] < 2e6
+
+
+@pytest.mark.parametrize("variant", ["sd3", "flux", "sdxl"])
+def test_full_size_table_covers_the_manifest(variant):
+    manifest = json.loads((MANIFESTS / f"kl_{variant}.json").read_text())
+    config = kl.VARIANTS[variant]
+    assert kl.from_foreign(manifest["config"]) == config
+    cover(kl.rows(config), manifest["tensors"], abstract_params(kl.AUTOENCODER, config))
+
+
+@pytest.mark.parametrize("variant", ["sd3", "flux", "sdxl"])
+def test_manifest_is_diffusers_own(variant):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    manifest = json.loads((MANIFESTS / f"kl_{variant}.json").read_text())
+    with torch.device("meta"):
+        twin = diffusers.AutoencoderKL(**manifest["config"])
+    assert {name: list(tensor.shape) for name, tensor in twin.state_dict().items()} == manifest["tensors"]
+
+
+def test_stage_1_freezes_3715_parameters():
+    params = flat(abstract_params(kl.AUTOENCODER, kl.VARIANTS["sd3"]))
+    frozen = {path: leaf for path, leaf in params.items() if re.search("decoder/(norm_out|conv_out)", path)}
+    assert len(frozen) == 4 and size_of(frozen) == 3_715
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("policy", ["attention", "full"])
+def test_remat_changes_no_gradient(policy, size):
+    """Jitted, at local batch 1, on several sizes: equal to no remat and to finite differences."""
+    config = kl.Config(4, (8, 16), 1, 4)
+    params = init_params(kl.AUTOENCODER, config, jax.random.key(0))
+    x = jax.random.uniform(jax.random.key(1), (1, 16 * size[0], 16 * size[1], 3), minval=-1.0)
+
+    def loss(params, remat):
+        return jnp.mean((kl.AutoencoderKL(config, remat=remat).apply({"params": params}, x) - x) ** 2)
+
+    with jax.default_matmul_precision("highest"):
+        plain = jax.jit(jax.grad(lambda p: loss(p, "none")))(params)
+        ours = jax.jit(jax.grad(lambda p: loss(p, policy)))(params)
+    for path, leaf in flat(plain).items():
+        assert relative(flat(ours)[path], leaf) < 1e-5 or np.abs(leaf).max() < 1e-7, path
+    norm = math.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(ours)))
+    direction = jax.tree.map(lambda leaf: leaf / norm, ours)
+    with jax.default_matmul_precision("highest"):
+        moved = jax.jit(lambda step: loss(jax.tree.map(lambda p, d: p + step * d, params, direction), "none"))
+        slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    assert abs(slope - norm) < 1e-2 * norm
+
+
+def test_unknown_remat_policy():
+    with pytest.raises(UserError, match="'fll'"):
+        jax.eval_shape(kl.AutoencoderKL(FOUR, remat="fll").init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_size_that_does_not_divide():
+    params = init_params(kl.AUTOENCODER, FOUR, jax.random.key(0))
+    with pytest.raises(UserError, match="30 x 20 px .* factor 4"):
+        kl.AutoencoderKL(FOUR).apply({"params": params}, jnp.zeros((1, 20, 30, 3)), method="encode")
+
+
+def test_bfloat16_keeps_its_islands():
+    """bfloat16 compute stays near float32; posterior and picture are float32, parameters untouched."""
+    params = init_params(kl.AUTOENCODER, SIXTEEN, jax.random.key(0))
+    x = jax.random.uniform(jax.random.key(1), (1, 40, 24, 3), minval=-1.0)
+    exact = run(SIXTEEN, params, x, "encode")
+    near = run(SIXTEEN, params, x, "encode", dtype=jnp.bfloat16)
+    picture = run(SIXTEEN, params, near.mean, "decode", dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in (*near, picture)} == {jnp.dtype(jnp.float32)}
+    assert 1e-4 < relative(near.mean, exact.mean) < 5e-2
+
+
+def test_group_norm_in_closed_form():
+    """Against float64 on activations far from zero, where E[x^2] - E[x]^2 in float32 would fail; 0 on a constant."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((2, 33, 47, 12)) + 300 + 20 * rng.standard_normal(12)).astype(np.float32)
+    norm = kl.GroupNorm(4)
+    params = norm.init(jax.random.key(0), x)
+    groups = x.astype(np.float64).reshape(2, 33 * 47, 4, 3)
+    wanted = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+    assert relative(norm.apply(params, x), wanted.reshape(x.shape)) < 1e-4
+    assert np.abs(norm.apply(params, jnp.full((1, 8, 8, 12), 7.3))).max() < 1e-2
+
+
+def test_scale_and_back():
+    z = jax.random.normal(jax.random.key(0), (1, 3, 3, 16))
+    for config in kl.VARIANTS.values():
+        np.testing.assert_allclose(kl.unscale(config, kl.scale(config, z)), z, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(kl.scale(kl.VARIANTS["sd3"], jnp.float32(1.0)), (1 - 0.0609) * 1.5305, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"act_fn": "gelu"}, "act_fn 'gelu'"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types"),
+        ({"latent_chanels": 4}, "latent_chanels"),
+    ],
+)
+def test_foreign_config_that_is_not_supported(change, message):
+    with pytest.raises(UserError, match=message):
+        kl.from_foreign(kl.to_foreign(kl.VARIANTS["sd3"]) | change)
+
+
+def test_foreign_config_there_and_back():
+    for config in (*kl.VARIANTS.values(), FOUR):
+        foreign = kl.to_foreign(config)
+        assert kl.from_foreign(foreign | {"_class_name": "AutoencoderKL", "_diffusers_version": "0.30"}) == config
+        assert kl.from_foreign(json.loads(json.dumps(foreign))) == config
