@@ -156,7 +156,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_handlers())
 
     def steps(self) -> list[int]:
         """The committed steps, in order."""
@@ -256,6 +256,12 @@ class Checkpoints:
         return Restored(State(params=found.params, ema=found.ema if "ema" in items else {}, **found.rest), run["data"])
 
 
+def _handlers() -> dict:
+    """How each item is stored; without them a new process cannot read what the items are before it restores them."""
+    standard = {name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")}
+    return standard | {"run": ocp.JsonCheckpointHandler()}
+
+
 def _rest(state: State) -> dict:
     return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "streak": state.streak}
 
@@ -293,7 +299,8 @@ def read_params(workdir: str | Path, ema: bool = True, *, shardings=None) -> tup
     """
     config = read_config(workdir)
     folder = Path(workdir).absolute() / FOLDER
-    manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             if wrong := damage(folder / str(step)):
