@@ -1,0 +1,1 @@
+"""Pictures and pages: figures, previews, the self-contained report, and the hand-back of a run."""
