@@ -107,12 +107,31 @@ def _fingerprint(folder: Path, parts: list[str], settings: dict) -> str:
     return digest.hexdigest()
 
 
-def _load(cls, folder: Path, **options):
-    """A transformers model or tokenizer from a local folder; weights from safetensors only."""
-    if "dtype" in options and not list(folder.glob("*.safetensors")):
+def _load_model(cls, folder: Path, dtype):
+    """A transformers model from a local folder: safetensors only, and every tensor must be there."""
+    if not list(folder.glob("*.safetensors")):
         raise UserError(f"'{folder}' has no safetensors weights; pickled weights are not read, convert them first.")
     try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"'{folder}' cannot be loaded as {cls.__name__}: {str(error).splitlines()[0]}") from error
+    # transformers itself fills what is missing with random numbers.
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise UserError(
+            f"'{folder}' is no {cls.__name__}: {len(absent)} tensors are missing or misshaped, such as {absent[0]}."
+        )
+    return model
+
+
+def _load_tokenizer(cls, folder: Path, vocabularies: tuple[str, ...]):
+    """A transformers tokenizer from a local folder; without a vocabulary, transformers would make an empty one."""
+    if not any((folder / name).is_file() for name in vocabularies):
+        raise UserError(f"'{folder}' has no tokenizer vocabulary ({' or '.join(vocabularies)}).")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"'{folder}' cannot be loaded as {cls.__name__}: {str(error).splitlines()[0]}") from error
 
@@ -153,15 +172,17 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
         if not (folder / part).is_dir():
             raise UserError(f"'{folder}' has no folder '{part}', which SD3's text encoders need.")
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    model_options = {"dtype": choose(types, dtype, "text dtype"), "use_safetensors": True}
+    weights = choose(types, dtype, "text dtype")
+    transformers.logging.set_verbosity_error()  # its warnings about weights are errors here
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def pair(model_class, tokenizer_class, names):
-        model = _load(model_class, folder / names[0], **model_options).to(device).eval()
-        return model, _load(tokenizer_class, folder / names[1])
+    def pair(model_class, tokenizer_class, names, *vocabularies):
+        model = _load_model(model_class, folder / names[0], weights).to(device).eval()
+        return model, _load_tokenizer(tokenizer_class, folder / names[1], ("tokenizer.json", *vocabularies))
 
-    clips = [pair(transformers.CLIPTextModelWithProjection, transformers.CLIPTokenizer, names) for names in _CLIPS]
-    t5 = pair(transformers.T5EncoderModel, transformers.T5TokenizerFast, _T5) if has_t5 else None
+    clip_classes = transformers.CLIPTextModelWithProjection, transformers.CLIPTokenizer
+    clips = [pair(*clip_classes, names, "vocab.json") for names in _CLIPS]
+    t5 = pair(transformers.T5EncoderModel, transformers.T5TokenizerFast, _T5, "spiece.model") if has_t5 else None
     clip_length = clips[0][1].model_max_length
     width = t5[0].config.d_model if t5 else _t5_width(folder)
     pooled = sum(model.config.projection_dim for model, _ in clips)

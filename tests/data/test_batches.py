@@ -1,0 +1,227 @@
+"""Laws of the batches: the same stream for any workers, hosts and restarts; every picture seen; bad pictures replaced."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lwd_jax.config import Config, Data, Matching
+from lwd_jax.data import batches as module
+from lwd_jax.data.batches import STATE, held_out, held_out_captions, make_batches
+from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
+from lwd_jax.data.latents import Encoder, Plan, encode_dataset
+from lwd_jax.data.text import hashed_words
+from lwd_jax.errors import UserError
+
+SHAPES = [(40, 60), (61, 40), (48, 48)]
+COUNT = 17
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A dataset of plain pictures, each of its own grey level, and its latents."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "images").mkdir()
+    for i in range(COUNT):
+        Image.new("RGB", SHAPES[i % 3][::-1], (10 * i,) * 3).save(root / "images" / f"{i:02}.png")
+    captions = [(f"picture {i}", f"number {i}") for i in range(COUNT)]
+    write_dataset(root / "dataset", root / "images", find_pictures(root / "images"), captions, quiet)
+    encoder = Encoder("f" * 64, {"scaling": 1.0, "shift": 0.0, "latent_channels": 2}, toy_encode)
+    plan = Plan(resolution=64, smallest_bucket=1, storage="float32")
+    encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None), plan, quiet)
+    return root
+
+
+def toy_encode(pictures):
+    mean = pictures[:, ::8, ::8, :2].astype(np.float32)
+    return mean, mean / 100
+
+
+def config_of(folder, stage, **data):
+    data = {"batch_size": 4, "workers": 0, "held_out": 3, **data}
+    paths = {"dataset": str(folder / "dataset"), "latents": str(folder / "latents")}
+    return Config(
+        stage=stage, resolution=64, seed=5, data=Data(**{**paths, **data}), matching=Matching(caption_dropout=0.3)
+    )
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(one, two):
+    assert len(one) == len(two)
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype and (a[name] == b[name]).all()
+
+
+def test_stage_1_batches(folder):
+    got = make_batches(config_of(folder, 1), process_index=0, process_count=1)
+    found = take(got, 2 * got.batches_per_epoch)
+    assert {batch["picture"].shape[1:3] for batch in found} == set(got.shapes)
+    for batch in found:
+        assert batch.keys() == {"picture"} and batch["picture"].dtype == np.uint8 and len(batch["picture"]) == 4
+    levels = {int(level) for batch in found[: got.batches_per_epoch] for level in batch["picture"].max((1, 2, 3))}
+    dataset = open_dataset(folder / "dataset")
+    kept = {10 * i for i in np.argsort(dataset.sha256)[:-3]}
+    assert levels == kept and got.state() == {STATE: 8 * got.batches_per_epoch}
+    aside = {int(level) for level in held_out(config_of(folder, 1))["picture"].max((1, 2, 3))}
+    assert aside == {10 * i for i in range(COUNT)} - kept
+
+
+def test_stage_2_batches(folder):
+    got = make_batches(config_of(folder, 2), process_index=0, process_count=1)
+    text = hashed_words(None)
+    seen, dropped, total = set(), 0, 0
+    for batch in take(got, 12 * got.batches_per_epoch):
+        height, width = batch["mean"].shape[1:3]
+        assert (8 * height, 8 * width) in got.shapes and all(value.dtype == np.float32 for value in batch.values())
+        assert batch["std"].shape == (4, height, width, 2) and (batch["std"] == batch["mean"] / 100).all()
+        for row in range(4):
+            number = round(batch["mean"][row].max() / 10)
+            seen.add(number)
+            total += 1
+            options = {"": 0, f"picture {number}": 1, f"number {number}": 2}
+            states = text.encode(list(options))
+            match = [k for k in range(3) if (states.tokens[k] == batch["tokens"][row]).all()]
+            assert len(match) == 1 and (states.pooled[match[0]] == batch["pooled"][row]).all()
+            assert (states.mask[match[0]] == batch["token_mask"][row]).all()
+            dropped += match[0] == 0
+    assert len(seen) == COUNT - 3
+    assert abs(dropped / total - 0.3) < 4 * (0.3 * 0.7 / total) ** 0.5
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_restored_anywhere_it_continues(folder, stage):
+    config = config_of(folder, stage)
+    whole = make_batches(config, process_index=0, process_count=1)
+    all_batches, states = [], []
+    for _ in range(13):
+        states.append(whole.state())
+        all_batches.append(next(whole))
+    for at in (0, 1, 6, 11):
+        same(
+            take(make_batches(config, process_index=0, process_count=1, start_index=states[at][STATE]), 2),
+            all_batches[at : at + 2],
+        )
+    whole.restore(states[3])
+    same(take(whole, 5), all_batches[3:8])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_concatenate_to_the_global_batch(folder, stage, hosts):
+    config = config_of(folder, stage)
+    alone = take(make_batches(config, process_index=0, process_count=1), 6)
+    parts = [make_batches(config, process_index=i, process_count=hosts) for i in range(hosts)]
+    shares = [take(part, 6) for part in parts]
+    same([{k: np.concatenate([s[b][k] for s in shares]) for k in alone[b]} for b in range(6)], alone)
+    assert len({part.state()[STATE] for part in parts}) == 1
+    # Four hosts stop, two go on.
+    resumed = [make_batches(config, process_index=i, process_count=2, start_index=16) for i in range(2)]
+    shares = [take(part, 2) for part in resumed]
+    same([{k: np.concatenate([s[b][k] for s in shares]) for k in alone[b]} for b in range(2)], alone[4:])
+
+
+def test_worker_processes_do_not_matter(folder):
+    alone = take(make_batches(config_of(folder, 1), process_index=0, process_count=1), 7)
+    config = config_of(folder, 1, workers=2)
+    pool = make_batches(config, process_index=0, process_count=1)
+    same(take(pool, 4), alone[:4])
+    state = pool.state()
+    pool.close()
+    # Saved with two workers, continued with one.
+    config = config_of(folder, 1, workers=1)
+    other = make_batches(config, process_index=0, process_count=1, start_index=state[STATE])
+    same(take(other, 3), alone[4:])
+    other.close()
+
+
+def test_a_bad_picture_is_replaced_and_counted(folder, monkeypatch):
+    config = config_of(folder, 1, flip=False)
+    good = make_batches(config, process_index=0, process_count=1)
+    expected = take(good, good.batches_per_epoch)
+    dataset = open_dataset(folder / "dataset")
+    bad = hashlib.sha256(dataset[int(np.argsort(dataset.sha256)[0])].picture).hexdigest()
+    decode = module.decode
+
+    def broken(data, *rest):
+        if hashlib.sha256(data).hexdigest() == bad:
+            raise OSError("broken")
+        return decode(data, *rest)
+
+    monkeypatch.setattr(module, "decode", broken)
+    level = 10 * int(np.argsort(dataset.sha256)[0])
+    got = make_batches(config, process_index=0, process_count=1)
+    found = take(got, got.batches_per_epoch)
+    changed = 0
+    for a, b in zip(expected, found):
+        hit = a["picture"].max((1, 2, 3)) == level
+        changed += hit.sum()
+        assert (a["picture"][~hit] == b["picture"][~hit]).all() and not (b["picture"].max((1, 2, 3)) == level).any()
+    assert got.replaced == changed > 0 and good.replaced == 0
+
+
+def test_squares_and_flips(folder):
+    config = config_of(folder, 1, buckets=False)
+    got = make_batches(config, process_index=0, process_count=1)
+    assert got.shapes == [(64, 64)] and next(got)["picture"].shape == (4, 64, 64, 3)
+    assert got.batches_per_epoch == -(-(COUNT - 3) // 4)
+
+
+def test_flips_are_half_of_all(tmp_path):
+    (tmp_path / "images").mkdir()
+    ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    for i in range(2):
+        Image.fromarray(ramp + 100 * i).save(tmp_path / "images" / f"{i}.png")
+    write_dataset(tmp_path / "dataset", tmp_path / "images", find_pictures(tmp_path / "images"), [(), ()], quiet)
+    config = config_of(tmp_path, 1, held_out=0, batch_size=50)
+    pictures = np.concatenate([b["picture"] for b in take(make_batches(config, process_index=0, process_count=1), 8)])
+    flipped = pictures[:, 0, 0, 0] > pictures[:, 0, -1, 0]
+    assert abs(flipped.mean() - 0.5) < 0.1
+    unflipped = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=False))
+    pictures = next(make_batches(unflipped, process_index=0, process_count=1))["picture"]
+    assert (pictures[:, 0, 0, 0] < pictures[:, 0, -1, 0]).all()
+
+
+def test_held_out(folder):
+    assert held_out(config_of(folder, 1))["picture"].shape == (3, 64, 64, 3)
+    batch, captions = held_out(config_of(folder, 2)), held_out_captions(config_of(folder, 2))
+    assert 1 <= len(captions) == len(batch["mean"]) <= 3
+    for row, caption in enumerate(captions):
+        assert caption == f"picture {round(batch['mean'][row].max() / 10)}"
+        assert (batch["tokens"][row] == hashed_words(None).encode([caption]).tokens[0]).all()
+    assert len(held_out_captions(config_of(folder, 1))) == 3
+
+
+@pytest.mark.parametrize(
+    "stage, change, words",
+    [
+        (1, {"dataset": ""}, "data.dataset"),
+        (2, {"latents": ""}, "data.latents"),
+        (1, {"dataset": "nowhere"}, "no dataset folder"),
+        (2, {"latents": "nowhere"}, "no folder of latents"),
+        (1, {"batch_size": 3}, "does not divide among 2"),
+        (1, {"held_out": COUNT}, "held_out"),
+        (2, {"buckets": False}, "data.buckets"),
+    ],
+)
+def test_mistakes(folder, stage, change, words):
+    with pytest.raises(UserError, match=words):
+        make_batches(config_of(folder, stage, **change), process_index=0, process_count=2)
+
+
+def test_latents_of_another_resolution(folder):
+    config = dataclasses.replace(config_of(folder, 2), resolution=96)
+    with pytest.raises(UserError, match="64 px.*96"):
+        make_batches(config, process_index=0, process_count=1)
+    with pytest.raises(UserError, match="held_out is 0"):
+        held_out(config_of(folder, 1, held_out=0))

@@ -1,0 +1,251 @@
+"""Laws of encoded datasets: right values, keys by content and weights, nothing done twice, nothing half-written."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lwd_jax.data import latents as module
+from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
+from lwd_jax.data.latents import (
+    Encoder,
+    Plan,
+    check_autoencoder,
+    check_text,
+    encode_dataset,
+    open_latents,
+    picture_key,
+    text_key,
+)
+from lwd_jax.data.pictures import decode
+from lwd_jax.data.text import hashed_words
+from lwd_jax.errors import UserError
+
+SHAPES = [(64, 100), (100, 64), (80, 80)]
+PLAN = Plan(resolution=64, smallest_bucket=1, batch_size=2, save_seconds=0.0)  # every entry is saved at once
+
+
+def quiet(*_):
+    pass
+
+
+class Toy:
+    """An autoencoder that counts the pictures it was shown, and can be made to fail."""
+
+    def __init__(self, fingerprint="a" * 64, fail_after=10**9):
+        self.batches, self.fail_after, self.fingerprint = 0, fail_after, fingerprint
+
+    def __call__(self, pictures):
+        assert pictures.shape[0] == PLAN.batch_size and pictures.dtype == np.uint8
+        if self.batches == self.fail_after:
+            raise KeyboardInterrupt
+        self.batches += 1
+        mean = pictures[:, ::8, ::8].astype(np.float32) / 9
+        return mean, np.sqrt(mean)
+
+    @property
+    def encoder(self):
+        return Encoder(self.fingerprint, {"scaling": 1.5, "shift": 0.1, "latent_channels": 3}, self)
+
+
+def save(folder, number, seed=None):
+    rng = np.random.default_rng(number if seed is None else seed)
+    Image.fromarray(rng.integers(0, 256, (*SHAPES[number % 3], 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
+
+
+def dataset_of(root, captions=None):
+    paths = find_pictures(root / "images")
+    captions = captions or [(f"picture {path.stem}", "shared") for path in paths]
+    write_dataset(root / "dataset", root / "images", paths, captions, quiet)
+    return open_dataset(root / "dataset")
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(7):
+        save(tmp_path / "images", number)
+    return tmp_path
+
+
+def encode(root, dataset, toy, text=None, plan=PLAN):
+    return encode_dataset(dataset, root / "latents", toy.encoder, text or hashed_words(None), plan, quiet)
+
+
+@pytest.mark.parametrize("storage, bound", [("float16", 2**-11), ("bfloat16", 2**-8), ("float32", 0)])
+def test_values_and_metadata(root, storage, bound):
+    dataset, toy = dataset_of(root), Toy()
+    outcome = encode(root, dataset, toy, plan=dataclasses.replace(PLAN, storage=storage))
+    assert outcome == (7, 0, 9, 0, [])  # nine captions: seven of their own, a shared one, the empty one
+    latents, text = open_latents(root / "latents"), hashed_words(None)
+    assert len(latents) == 7 and (latents.sha256 == dataset.sha256).all()
+    for number in range(7):
+        size = tuple(latents.sizes[number])
+        expected = decode(dataset[number].picture, size)[::8, ::8] / np.float32(9)
+        mean, std = latents.latent(number)
+        assert mean.dtype == std.dtype == np.float32 and mean.shape == (size[0] // 8, size[1] // 8, 3)
+        assert (np.abs(mean - expected) <= bound * expected + 1e-6).all()
+        assert (np.abs(std - np.sqrt(expected)) <= bound * np.sqrt(expected) + 1e-6).all()
+        assert latents.caption_count(number) == 2
+        for alternative, caption in enumerate(dataset[number].captions):
+            states, found = latents.text(number, alternative)
+            wanted = text.encode([caption])
+            assert found == caption
+            for got, want in zip(states, wanted):
+                assert got.dtype == np.float32 and np.abs(got - want[0]).max() <= 2 * bound + 1e-6
+    assert (latents.null_text.tokens == text.encode([""]).tokens[0]).all()
+    metadata = latents.metadata
+    assert metadata["autoencoder_fingerprint"] == "a" * 64 and metadata["autoencoder"]["shift"] == 0.1
+    assert metadata["text"] == text.describe() and metadata["records"] == 7 and metadata["resolution"] == 64
+    assert sum(shape["pictures"] for shape in metadata["shapes"]) == 7
+
+
+def test_nothing_is_done_twice(root):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    again = Toy()
+    assert encode(root, dataset, again) == (0, 7, 0, 9, []) and again.batches == 0
+    # One picture changes, one goes, one comes, one caption changes.
+    save(root / "images", 1, seed=99)
+    (root / "images" / "04.png").unlink()
+    save(root / "images", 8)
+    captions = [(f"picture {p.stem}", "shared") for p in find_pictures(root / "images")]
+    captions[0] = ("another text", "shared")
+    outcome = encode(root, dataset_of(root, captions), Toy())
+    assert outcome[:4] == (2, 5, 2, 7)  # captions: "another text" and "picture 08"
+    latents = open_latents(root / "latents")
+    assert latents.text(0, 0)[1] == "another text" and len(latents) == 7
+    assert (latents.sha256 == open_dataset(root / "dataset").sha256).all()
+
+
+def test_a_changed_encoder_makes_everything_anew(root):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    assert encode(root, dataset, Toy("b" * 64))[:4] == (7, 0, 0, 9)
+    assert encode(root, dataset, Toy("b" * 64), hashed_words(None, length=8))[:4] == (0, 7, 9, 0)
+    assert encode(root, dataset, Toy("b" * 64), plan=dataclasses.replace(PLAN, resolution=96))[0] == 7
+    # What nobody needs any more is deleted.
+    assert len(list((root / "latents" / "pictures").glob("part-*"))) == 7
+
+
+def test_keys_notice_every_part():
+    base = picture_key("s", (64, 96), "f", "float16")
+    others = [("t", (64, 96), "f", "float16"), ("s", (96, 64), "f", "float16"), ("s", (64, 96), "g", "float16")]
+    others.append(("s", (64, 96), "f", "float32"))
+    assert len({base, *(picture_key(*parts) for parts in others)}) == 5
+    assert (
+        len({text_key(*parts) for parts in [("c", "f", "s"), ("d", "f", "s"), ("c", "g", "s"), ("c", "f", "t")]}) == 4
+    )
+
+
+def test_a_killed_run_continues(root):
+    dataset = dataset_of(root)
+    with pytest.raises(KeyboardInterrupt):
+        encode(root, dataset, Toy(fail_after=2))
+    with pytest.raises(UserError, match="not complete"):
+        open_latents(root / "latents")
+    outcome = encode(root, dataset, Toy())
+    assert (outcome.pictures_made, outcome.pictures_kept, outcome.texts_kept) == (4, 3, 9)
+    assert len(open_latents(root / "latents")) == 7
+
+
+def test_a_kill_while_writing_leaves_no_half_part(root, monkeypatch):
+    dataset = dataset_of(root)
+    write_records = module.Store.flush.__globals__["write_records"]
+
+    def dying(folder, name, features, rows):
+        write_records(folder, name, features, rows)
+        if name == "latents":
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(module.Store.flush.__globals__, "write_records", dying)
+    with pytest.raises(KeyboardInterrupt):
+        encode(root, dataset, Toy())
+    assert not list((root / "latents" / "pictures").glob("part-*"))
+    monkeypatch.undo()
+    # A real kill leaves the temporary folder behind; the next run removes it.
+    (root / "latents" / "pictures" / ".part-000000.12345678.partial").mkdir()
+    assert encode(root, dataset, Toy()).pictures_made == 7
+    assert not list((root / "latents" / "pictures").glob(".*"))
+
+
+def test_an_older_complete_cache_stays_readable_until_the_new_one_is_complete(root):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    before = [open_latents(root / "latents").latent(i)[0] for i in range(7)]
+    with pytest.raises(KeyboardInterrupt):
+        encode(root, dataset, Toy("b" * 64, fail_after=1))
+    latents = open_latents(root / "latents")
+    assert latents.metadata["autoencoder_fingerprint"] == "a" * 64
+    assert all((latents.latent(i)[0] == before[i]).all() for i in range(7))
+
+
+def test_unreadable_pictures_are_left_out(root, monkeypatch):
+    dataset = dataset_of(root)
+    first = dataset[0].picture
+
+    def broken(data, size):
+        if data == first:
+            raise OSError("broken")
+        return decode(data, size)
+
+    monkeypatch.setattr(module, "decode", broken)
+    outcome = encode(root, dataset, Toy())
+    assert outcome.pictures_made == 6 and outcome.rejects == [("00.png", "cannot be read: broken")]
+    latents = open_latents(root / "latents")
+    assert len(latents) == 6 and latents.text(0, 0)[1] == "picture 01" and latents.metadata["rejects"]
+
+
+def test_pictures_without_a_caption_are_unconditional(root):
+    captions = [()] + [("a", "b", "c", "d", "e")] * 6
+    encode(root, dataset_of(root, captions), Toy())
+    latents = open_latents(root / "latents")
+    assert latents.caption_count(0) == 1 and latents.text(0, 0)[1] == "" and latents.caption_count(1) == 4
+
+
+def test_small_buckets_join_and_squares(root):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, smallest_bucket=3))
+    assert len(open_latents(root / "latents").metadata["shapes"]) == 2
+    encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, keep_aspect=False))
+    assert (open_latents(root / "latents").sizes == 64).all()
+
+
+def test_values_that_the_storage_cannot_hold(root):
+    dataset = dataset_of(root)
+    huge = Encoder("c" * 64, {}, lambda x: (np.full((2, 8, 8, 3), 7e4, np.float32), np.ones((2, 8, 8, 3), np.float32)))
+    with pytest.raises(UserError, match="70000.*float32"):
+        encode_dataset(dataset, root / "latents", huge, hashed_words(None), PLAN, quiet)
+    broken = dataclasses.replace(huge, encode=lambda x: (np.full((2, 8, 8, 3), np.nan), np.ones((2, 8, 8, 3))))
+    with pytest.raises(UserError, match="nan"):
+        encode_dataset(dataset, root / "latents", broken, hashed_words(None), PLAN, quiet)
+
+
+def test_mistakes(root, tmp_path):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    latents = open_latents(root / "latents")
+    check_autoencoder(latents, "a" * 64)
+    with pytest.raises(UserError) as caught:
+        check_autoencoder(latents, "b" * 64)
+    assert "a" * 16 in str(caught.value) and "b" * 16 in str(caught.value)
+    check_text(latents, 128, 128)
+    with pytest.raises(UserError, match="128.*4096"):
+        check_text(latents, 4096, 2048)
+    with pytest.raises(UserError, match="no folder of latents"):
+        open_latents(tmp_path / "missing")
+    with pytest.raises(UserError, match="holds no latents"):
+        open_latents(root / "images")
+    with pytest.raises(UserError, match="choose another --out"):
+        encode_dataset(dataset, root / "images", Toy().encoder, hashed_words(None), PLAN, quiet)
+    with pytest.raises(UserError, match="does not divide"):
+        encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, resolution=100))
+    with pytest.raises(UserError, match="storage"):
+        encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, storage="float8"))
+    shutil.copytree(root / "latents", tmp_path / "older")
+    metadata = tmp_path / "older" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"format": 1', '"format": 0'))
+    with pytest.raises(UserError, match="format 0"):
+        open_latents(tmp_path / "older")
