@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Config, Sampling
-from lwd_jax.data.latents import open_latents
+from lwd_jax.data.latents import METADATA
 from lwd_jax.data.text import TextEncoder, open_text_encoder
 from lwd_jax.errors import UserError
 from lwd_jax.train.checkpoint import is_workdir, read_params
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model
+from lwd_jax.train.optimizer import SCHEDULE_FREE
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import read_config
 from lwd_jax.weights.model import find_folder
@@ -187,7 +188,7 @@ class WorkdirModels:
 
     def describe(self) -> dict:
         """A JSON object that says what was opened."""
-        averaged = self.ema and keeps_average(self.config)
+        averaged = keeps_average(self.config) and (self.ema or self.config.optimizer.name == SCHEDULE_FREE)
         return {"path": str(self.path), "name": self.config.name, "weights": "ema" if averaged else "plain"}
 
     def sampling(self) -> Sampling:
@@ -200,8 +201,9 @@ class WorkdirModels:
 
     def text(self) -> dict:
         """What encoded the captions that the run was trained on; as FolderModels.text."""
-        if self.config.data.latents:
-            return open_latents(self.config.data.latents).metadata["text"]
+        metadata = Path(self.config.data.latents) / METADATA
+        if self.config.data.latents and metadata.is_file():
+            return _read_json(metadata)["text"]
         base = self.base()
         return base.text() if base else {}
 

@@ -1,0 +1,89 @@
+"""Models of a few thousand parameters, as folders and as workdirs, for the tests of what opens and writes them."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lwd_jax.autoencoders import kl, save_autoencoder
+from lwd_jax.backbones import save_backbone, sd3
+from lwd_jax.config import load_config, to_json
+from lwd_jax.data.text import hashed_words
+from lwd_jax.train.checkpoint import Checkpoints
+from lwd_jax.train.models import AUTOENCODER, BACKBONE, Opened, describe
+from lwd_jax.train.state import State
+from lwd_jax.weights.model import abstract_params
+
+KL = kl.Config(
+    latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, scaling=1.7, shift=0.06
+)
+SD3 = sd3.Config(
+    sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=24, pooled_projection_dim=16, pos_embed_max_size=12,
+)  # fmt: skip
+TEXT = {"length": 9, "width": 24, "pooled": 16}
+
+
+def random_params(model, config, seed: int):
+    """Parameters of about unit gain everywhere: an initial backbone predicts 0, which would hide every mistake."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = str(path[-1].key)
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if name == "kernel":
+            return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[-2:-1]) * (9 if leaf.shape[:2] == (3, 3) else 1)))
+        if name == "table":
+            return jnp.asarray(sd3.position_table(config))
+        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * noise}[name])
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(model, config))
+
+
+def autoencoder(seed: int):
+    return kl.AUTOENCODER.build(KL), random_params(kl.AUTOENCODER, KL, seed)
+
+
+def backbone(seed: int):
+    return sd3.BACKBONE.build(SD3), random_params(sd3.BACKBONE, SD3, seed)
+
+
+def write_pipeline(folder: Path, seed: int = 0) -> Path:
+    """A diffusers pipeline folder without text encoders."""
+    folder.mkdir(parents=True)
+    save_autoencoder(folder / "vae", *autoencoder(seed))
+    save_backbone(folder / "transformer", *backbone(seed + 1))
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.5}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    return folder
+
+
+def write_latents(folder: Path) -> Path:
+    """As much of a folder of latents as says what encoded the captions."""
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text(json.dumps({"text": hashed_words(None, **TEXT).describe()}))
+    return folder
+
+
+def write_workdir(folder: Path, stage: int, seed: int = 0, step: int = 7, **fields) -> Path:
+    """A run that has ended: plain weights of `seed`, averaged weights of `seed + 100`."""
+    kind, model, sizes = (AUTOENCODER, kl.AUTOENCODER, KL) if stage == 1 else (BACKBONE, sd3.BACKBONE, SD3)
+    config = load_config({"stage": stage, "name": f"run {seed}", "resolution": 64, **fields})
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(config))
+    module = model.build(sizes)
+    (folder / "model.json").write_text(describe(kind, Opened(model, module, None), {}))
+    average = random_params(model, sizes, seed + 100) if config.training.ema else {}
+    zero = jnp.zeros((), jnp.int32)
+    state = State(jnp.asarray(step, jnp.int32), random_params(model, sizes, seed), {}, average, zero, zero)
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(state, {}, config)
+    checkpoints.finish(step)
+    checkpoints.close()
+    lines = [{"step": n, "loss": 1 / n, "loss_detail": 2 / n, "loss_smooth": 0.5 / n} for n in range(1, step + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
