@@ -62,7 +62,8 @@ def spec_of(path: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> Par
             continue
         for layout in rule.layouts:
             if len(layout) <= len(shape) and _divides(shape, layout, mesh):
-                return PartitionSpec(*(None,) * (len(shape) - len(layout)), *layout)
+                layers = (None,) * (len(shape) - len(layout)) if layout else ()
+                return PartitionSpec(*layers, *layout)
         if math.prod(shape) * itemsize < SMALL:
             return PartitionSpec()
         raise UserError(

@@ -29,7 +29,7 @@ class Feed:
     The position that is saved is that of the batches *used*, not of those read ahead.
 
     Args:
-      batches: an iterator of dicts of numpy arrays (this process's part of each batch) with `.state()`.
+      batches: an iterator of dicts of numpy arrays (this process's part of each batch) with `.state()` and `.close()`.
       mesh: where they go.
 
     Attributes:
@@ -81,9 +81,10 @@ class Feed:
         return item
 
     def close(self) -> None:
-        """Ends the thread; the iterator is left wherever it had read to."""
+        """Ends the thread and closes the iterator, wherever it had read to."""
         self._ended.set()
         self._thread.join()
+        self._batches.close()
 
 
 Batches = Callable[[dict | None], Any]  # data position, or None for the beginning -> the iterator

@@ -18,6 +18,7 @@ from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints
 from lwd_jax.train.feed import Batches, Feed
 from lwd_jax.train.metrics import Window, Writer
+from lwd_jax.train.models import MODEL_FILE
 from lwd_jax.train.program import Program
 from lwd_jax.train.state import State, eval_params
 
@@ -133,6 +134,7 @@ def run(
     workdir: str | Path,
     mesh: Mesh,
     *,
+    description: str,
     params: Callable[[], Any] | None = None,
     previews: Previews | None = None,
 ) -> Outcome:
@@ -144,6 +146,7 @@ def run(
       config: the resolved config; written to the workdir.
       workdir: made if it is not there.
       mesh: the program's.
+      description: of the model, written to the workdir as model.json.
       params: reads the parameters to start from; not called on resuming; None = random ones.
       previews: called before the first step, every `preview_every` steps and after the last one.
 
@@ -160,6 +163,7 @@ def run(
         state, position = _begin(program, checkpoints, config, params)
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(to_json(config) + "\n")
+            (workdir / MODEL_FILE).write_text(description)
         first = int(state.step)
         if first >= total:
             return Outcome(first, 0)

@@ -1,0 +1,179 @@
+"""The models of a config: random, from a diffusers folder, or from the workdir of an earlier run.
+
+A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes, as diffusers writes them) and, in stage 2,
+whose latents it trains on; so it can be opened without the folder it was started from.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lwd_jax import config as configs
+from lwd_jax.autoencoders import AUTOENCODERS
+from lwd_jax.backbones import BACKBONES
+from lwd_jax.errors import UserError, choose
+from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
+from lwd_jax.weights.folder import read_config as read_foreign
+from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load
+
+MODEL_FILE = "model.json"
+
+
+class Kind(NamedTuple):
+    """One of the two models of a run: the field of config.models, its table, its folder in a pipeline, the stage that trains it."""
+
+    field: str
+    models: dict[str, Model]
+    subfolder: str
+    stage: int
+
+
+AUTOENCODER = Kind("autoencoder", AUTOENCODERS, "vae", 1)
+BACKBONE = Kind("backbone", BACKBONES, "transformer", 2)
+_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ()}  # fields of a model's Config that change nothing here
+TRAINED = {kind.stage: kind for kind in (AUTOENCODER, BACKBONE)}
+
+
+class Opened(NamedTuple):
+    """A model of a run.
+
+    Attributes:
+      model: the row of the table.
+      module: with config, dtype, param_dtype and remat set.
+      params: `params(shardings=None)` reads them (a function from the abstract tree to layouts); None = random ones are meant.
+    """
+
+    model: Model
+    module: nn.Module
+    params: Callable | None
+
+    def init(self, key: jax.Array) -> Any:
+        """Random parameters."""
+        return init_params(self.model, self.module.config, key, self.module.param_dtype)
+
+    def abstract(self) -> Any:
+        """Shapes and dtypes of the parameters."""
+        return abstract_params(self.model, self.module.config, self.module.param_dtype)
+
+
+def _row_of_variant(kind: Kind, variant: str) -> tuple[Model, Any]:
+    rows = {name: (model, sizes) for model in kind.models.values() for name, sizes in model.variants.items()}
+    return choose(rows, variant, f"{kind.field} variant")
+
+
+def _check_variant(kind: Kind, path: str, variant: str, model: Model, sizes: Any) -> None:
+    expected_model, expected = _row_of_variant(kind, variant)
+    if expected_model.class_name != model.class_name:
+        raise UserError(f"{path} holds a {model.class_name}, but models.{kind.field}_variant is '{variant}'.")
+    differing = (name for name, value in vars(expected).items() if value != getattr(sizes, name))
+    if name := next((name for name in differing if name not in _INERT[kind.field]), ""):
+        raise UserError(
+            f"{path} is not of models.{kind.field}_variant '{variant}': its {name} is {getattr(sizes, name)}, not "
+            f"{getattr(expected, name)}."
+        )
+
+
+def describe(kind: Kind, opened: Opened, extra: dict) -> str:
+    """The text of MODEL_FILE."""
+    foreign = {"_class_name": opened.model.class_name} | opened.model.to_foreign(opened.module.config)
+    return json.dumps({"kind": kind.field, "model": foreign, **extra}, indent=2) + "\n"
+
+
+def read_description(workdir: str | Path) -> dict:
+    """MODEL_FILE of a workdir: {"kind", "model", ..}.
+
+    Raises:
+      UserError: it has none.
+    """
+    file = Path(workdir) / MODEL_FILE
+    if not file.is_file():
+        raise UserError(f"{workdir} is not the workdir of a run: it has no {MODEL_FILE}.")
+    return json.loads(file.read_text())
+
+
+def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:
+    described = read_description(path)
+    if described["kind"] != kind.field:
+        if kind is AUTOENCODER:  # a stage-2 run: the autoencoder it was trained with
+            return open_model(kind, read_config(path).models.autoencoder, "", ema=ema, **build)
+        raise UserError(f"{path} is the workdir of an {described['kind']}, but a {kind.field} was expected.")
+    model = choose(kind.models, described["model"]["_class_name"], "model class")
+    module = model.build(model.from_foreign(described["model"]), **build)
+
+    def params(shardings=None):
+        found = read_params(path, ema, shardings=shardings)[0]
+        return jax.tree.map(lambda leaf: leaf.astype(module.param_dtype), found)
+
+    return Opened(model, module, params)
+
+
+def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
+    foreign = read_foreign(find_folder(path, kind.subfolder))
+    found = foreign.get("_class_name")
+    if found not in kind.models:
+        raise UserError(f"{path} holds a model of class {found}, but {' or '.join(kind.models)} was expected.")
+    model = kind.models[found]
+
+    def params(shardings=None):
+        return load(kind.models, path, subfolder=kind.subfolder, shardings=shardings, **build)[1]
+
+    return Opened(model, model.build(model.from_foreign(foreign), **build), params)
+
+
+def open_model(
+    kind: Kind,
+    path: str,
+    variant: str,
+    *,
+    ema: bool = True,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat: str = "none",
+) -> Opened:
+    """One model; no parameter is read yet.
+
+    Args:
+      kind: AUTOENCODER or BACKBONE.
+      path: a diffusers folder (of the model or of a pipeline), a workdir, or "" for random parameters of `variant`.
+      variant: what a path must hold; "" = anything.
+      ema: of a workdir, the averaged parameters.
+      dtype: of matrix products and activations.
+      param_dtype: of the parameters.
+      remat: the module's remat policy.
+
+    Raises:
+      UserError: no such folder or variant, or a model that is not of the variant.
+    """
+    build = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    if not path:
+        model, sizes = _row_of_variant(kind, variant)
+        return Opened(model, model.build(sizes, **build), None)
+    opened = _from_workdir(kind, path, ema, build) if is_workdir(path) else _from_folder(kind, path, build)
+    if variant:
+        _check_variant(kind, path, variant, opened.model, opened.module.config)
+    return opened
+
+
+def open_trained(config: configs.Config) -> Opened:
+    """The model that this run trains, with the config's dtypes and remat policy."""
+    kind = TRAINED[config.stage]
+    return open_model(
+        kind,
+        getattr(config.models, kind.field),
+        getattr(config.models, f"{kind.field}_variant"),
+        ema=config.models.ema,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        remat=config.remat,
+    )
+
+
+def open_autoencoder(config: configs.Config) -> Opened:
+    """The autoencoder of the run, in float32, for decoding and for its scaling."""
+    models = config.models
+    return open_model(AUTOENCODER, models.autoencoder, models.autoencoder_variant, ema=models.ema)

@@ -1,0 +1,113 @@
+"""From a config to everything the loop takes: models opened and checked against the data, stage, program, batches."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from lwd_jax.autoencoders.kl import scale
+from lwd_jax.config import Config
+from lwd_jax.data.batches import STATE, make_batches
+from lwd_jax.data.latents import Latents, check_autoencoder, check_text, open_latents
+from lwd_jax.errors import UserError
+from lwd_jax.objective.lpips import load_lpips
+from lwd_jax.parallel.mesh import make_mesh, process_part
+from lwd_jax.parallel.rules import param_shardings
+from lwd_jax.train.feed import Batches
+from lwd_jax.train.models import TRAINED, Opened, describe, open_autoencoder, open_trained
+from lwd_jax.train.program import Program, Stage, autoencoder_stage, backbone_stage, build_program
+from lwd_jax.weights.folder import fingerprint
+
+
+class Setup(NamedTuple):
+    """What one run is made of.
+
+    Attributes:
+      mesh, program: to hand to the loop.
+      opened: the model that is trained.
+      autoencoder: stage 2, (module, parameters) that its latents decode with; None in stage 1.
+      params: reads the parameters to start from onto the mesh; None = random ones.
+      batches: data position or None -> iterator.
+      description: the text of the workdir's model.json.
+    """
+
+    mesh: Mesh
+    program: Program
+    opened: Opened
+    autoencoder: tuple | None
+    params: Callable[[], Any] | None
+    batches: Batches
+    description: str
+
+
+def stage_of(config: Config, opened: Opened, autoencoder: Any, tokens: int, perceptual: Callable | None) -> Stage:
+    """The stage of a config; reads nothing, so that it serves shape evaluation too.
+
+    Args:
+      config: of the run.
+      opened: the model that is trained (`open_trained`).
+      autoencoder: stage 2, the autoencoder's Config: the latent's size and scale.
+      tokens: stage 2, text tokens per caption.
+      perceptual: stage 1, (x, y) -> [B].
+    """
+    if config.stage == 1:
+        return autoencoder_stage(config, opened.module, opened.init, perceptual)
+    side = config.resolution // autoencoder.factor
+    latent = (side, side, autoencoder.latent_channels)
+    if opened.module.config.in_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"The backbone reads latents of {opened.module.config.in_channels} channels, but the autoencoder makes "
+            f"{autoencoder.latent_channels}."
+        )
+    return backbone_stage(config, opened.module, opened.init, functools.partial(scale, autoencoder), latent, tokens)
+
+
+def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
+    """(latents, (autoencoder module, parameters)), which belong to each other and to the backbone."""
+    if not config.data.latents:
+        raise UserError("Stage 2 reads latents: set data.latents to a folder made by lwd encode.")
+    if not config.models.autoencoder:
+        raise UserError(
+            "Stage 2 must know which autoencoder its latents decode with: set models.autoencoder to the folder or workdir "
+            "that lwd encode was given as --models."
+        )
+    latents = open_latents(config.data.latents)
+    check_text(latents, opened.module.config.joint_attention_dim, opened.module.config.pooled_projection_dim)
+    autoencoder = open_autoencoder(config)
+    params = autoencoder.params()
+    check_autoencoder(latents, fingerprint(params))
+    return latents, (autoencoder.module, params)
+
+
+def _batches(config: Config, mesh: Mesh) -> Batches:
+    index, count = process_part(mesh)
+
+    def batches(position: dict | None):
+        start = position[STATE] if position else 0
+        return make_batches(config, process_index=index, process_count=count, start_index=start)
+
+    return batches
+
+
+def make_setup(config: Config, devices=None) -> Setup:
+    """Opens and checks everything a run needs, before anything is written.
+
+    Raises:
+      UserError: whatever is missing or does not fit: models, data, sizes, settings, and which.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    opened = open_trained(config)
+    autoencoder, perceptual, sizes, tokens, extra = None, None, None, 0, {}
+    if config.stage == 2:
+        latents, autoencoder = _checked_latents(config, opened)
+        sizes, tokens = autoencoder[0].config, latents.metadata["text"]["length"]
+        extra = {"autoencoder_fingerprint": latents.metadata["autoencoder_fingerprint"], "text": latents.metadata["text"]}
+    elif config.reconstruction.lpips:
+        perceptual = load_lpips()
+    program = build_program(config, mesh, stage_of(config, opened, sizes, tokens, perceptual))
+    params = None
+    if opened.params is not None:
+        params = functools.partial(opened.params, functools.partial(param_shardings, mesh=mesh))
+    description = describe(TRAINED[config.stage], opened, extra)
+    return Setup(mesh, program, opened, autoencoder, params, _batches(config, mesh), description)

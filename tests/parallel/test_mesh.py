@@ -1,0 +1,49 @@
+import jax
+import numpy as np
+import pytest
+
+from lwd_jax import config as configs
+from lwd_jax.errors import UserError
+from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape, part_of_process
+
+
+@pytest.mark.parametrize(
+    "axes, shape",
+    [
+        ({}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 1}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"context": 4, "fsdp": -1}, (1, 2, 4, 1)),
+    ],
+)
+def test_mesh_has_the_axes_asked_for(axes, shape):
+    mesh = make_mesh(configs.Mesh(**axes))
+    assert mesh.axis_names == AXES and mesh.devices.shape == shape
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"data": 16, "fsdp": 1}, {"tensor": 0}])
+def test_mesh_that_does_not_fit_is_refused(axes):
+    with pytest.raises(UserError, match="mesh"):
+        mesh_shape(configs.Mesh(**axes), 8)
+
+
+def test_mesh_over_some_devices():
+    assert make_mesh(configs.Mesh(), jax.devices()[:2]).devices.shape == (1, 2, 1, 1)
+
+
+def test_every_process_reads_its_own_rows_once():
+    processes = np.arange(8).reshape(4, 2, 1, 1) // 2
+    assert [part_of_process(processes, p) for p in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_processes_that_share_pictures_read_the_same_part():
+    processes = np.repeat(np.arange(4).reshape(2, 1, 2, 1), 2, axis=3)  # each pair of processes holds halves of the same pictures
+    assert [part_of_process(processes, p) for p in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
+def test_processes_whose_pictures_overlap_are_refused():
+    with pytest.raises(UserError, match="process"):
+        part_of_process(np.array([0, 1, 1, 0, 0, 1]).reshape(3, 1, 2, 1)[:, :, :, :], 0)
+    with pytest.raises(UserError, match="process"):
+        part_of_process(np.array([0, 1, 0, 1]).reshape(4, 1, 1, 1), 0)

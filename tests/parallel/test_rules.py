@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lwd_jax import config as configs
+from lwd_jax.errors import UserError
+from lwd_jax.parallel.mesh import make_mesh
+from lwd_jax.parallel.rules import batch_shardings, param_shardings, spec_of
+
+MESH = make_mesh(configs.Mesh(data=1, fsdp=2, context=2, tensor=2))
+F32 = 4
+
+
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("joint_blocks/picture/q/kernel", (24, 64, 64), P(None, "fsdp", "tensor")),
+        ("joint_blocks/picture/added_q/kernel", (24, 64, 64), P(None, "fsdp", "tensor")),
+        ("joint_blocks/text/out/kernel", (24, 64, 64), P(None, "tensor", "fsdp")),
+        ("mlp/up/kernel", (64, 256), P("fsdp", "tensor")),
+        ("mlp/down/kernel", (256, 64), P("tensor", "fsdp")),
+        ("blocks/norm_q/scale", (24, 64), P()),
+        ("blocks/q/bias", (24, 64), P()),
+        ("decoder/conv_in/kernel", (3, 3, 16, 64), P(None, None, "fsdp", "tensor")),
+        ("decoder/conv_out/kernel", (3, 3, 64, 3), P(None, None, "fsdp", None)),
+        ("encoder/conv_in/kernel", (3, 3, 3, 64), P(None, None, None, "fsdp")),
+        ("odd/conv/kernel", (3, 3, 3, 5), P()),  # small, and nothing divides: whole everywhere
+        ("time/proj/kernel", (64, 64), P("fsdp", None)),
+    ],
+)
+def test_layouts(path, shape, spec):
+    assert spec_of(path, shape, F32, MESH) == spec
+
+
+def test_a_scanned_axis_is_never_split():
+    assert spec_of("blocks/conv/kernel", (8, 3, 3, 64, 64), F32, MESH)[0] is None
+    assert spec_of("blocks/q/kernel", (8, 64, 64), F32, MESH)[0] is None
+
+
+def test_what_no_rule_names_raises():
+    with pytest.raises(UserError, match="blocks/mystery"):
+        spec_of("blocks/mystery", (64, 64), F32, MESH)
+
+
+def test_a_large_parameter_that_does_not_divide_raises():
+    with pytest.raises(UserError, match="big/q/kernel.*divide"):
+        spec_of("big/q/kernel", (1025, 1023), F32, MESH)
+
+
+def test_shards_lie_where_the_table_says():
+    tree = {"blocks": {"q": {"kernel": jnp.zeros((2, 8, 8)), "bias": jnp.zeros((2, 8))}}}
+    placed = jax.device_put(tree, param_shardings(tree, MESH))
+    assert placed["blocks"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 4, 4)
+    assert placed["blocks"]["q"]["bias"].addressable_shards[0].data.shape == (2, 8)
+
+
+def _batch(shape):
+    return {"mean": jax.ShapeDtypeStruct(shape, jnp.float32), "pooled": jax.ShapeDtypeStruct((shape[0], 3), jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((4, 8, 5, 16), P(("data", "fsdp"), "context")),
+        ((4, 5, 8, 16), P(("data", "fsdp"), None, "context")),
+        ((4, 5, 7, 16), P(("data", "fsdp"))),
+    ],
+)
+def test_batches_are_split_over_pictures_and_height(shape, spec):
+    shardings = batch_shardings(_batch(shape), MESH)
+    assert shardings["mean"].spec == spec and shardings["pooled"].spec == P(("data", "fsdp"))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="3 pictures"):
+        batch_shardings(_batch((3, 8, 8, 16)), MESH)

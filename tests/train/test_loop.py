@@ -1,0 +1,167 @@
+"""Laws of the loop: resuming is the uninterrupted run, files have no line twice, a bad run ends by name, signals save."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from toy_stage import ToyBatches, toy_batch, toy_config, toy_stage
+
+from lwd_jax import config as configs
+from lwd_jax.config import load_json
+from lwd_jax.errors import UserError
+from lwd_jax.parallel.mesh import make_mesh
+from lwd_jax.train import metrics
+from lwd_jax.train.checkpoint import Checkpoints, read_params
+from lwd_jax.train.loop import run
+from lwd_jax.train.program import build_program
+
+CONFIG = toy_config()
+MESH = make_mesh(configs.Mesh(), jax.devices()[:1])
+
+
+@functools.cache
+def program():
+    return build_program(CONFIG, MESH, toy_stage())
+
+
+def train(workdir, config=CONFIG, batches=ToyBatches, **options):
+    return run(program(), batches, config, workdir, MESH, description="{}", **options)
+
+
+def with_training(**values):
+    return dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, **values))
+
+
+def state_of(workdir):
+    checkpoints = Checkpoints(workdir, keep=3)
+    restored = checkpoints.restore(program().state, CONFIG)
+    checkpoints.close()
+    return jax.device_get(restored.state), restored.data
+
+
+def lines(workdir):
+    """metrics.jsonl without what a clock measured."""
+    timed = ("pictures_per_second", "data_wait_share")
+    return [{name: value for name, value in line.items() if name not in timed} for line in metrics.read(workdir)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(workdir) == (6, 0)
+    return workdir
+
+
+def test_a_run_writes_its_files(whole):
+    assert load_json((whole / "config.json").read_text()) == CONFIG
+    assert (whole / "model.json").read_text() == "{}"
+    assert any((whole / "tb").iterdir())
+    assert [line["step"] for line in metrics.read(whole)] == [2, 4, 6]
+    for line in metrics.read(whole):
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and line["pictures_per_second"] > 0 and line["skipped"] == 0
+        assert 0 <= line["data_wait_share"] <= 1 and line["learning_rate"] == pytest.approx(1e-2)
+        assert len(line["loss_by_time"]) == 2 and line["count_by_time"] == [2.0, 14.0]
+
+
+def test_resuming_is_the_uninterrupted_run(whole, tmp_path):
+    """State, data position and metrics, bit for bit; stopped at a save and between two log lines."""
+    train(tmp_path, with_training(steps=3))
+    assert train(tmp_path).step == 6
+    (first, position), (second, other) = state_of(whole), state_of(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert position == other == {"index": 6}
+    assert lines(tmp_path)[-1] == lines(whole)[-1]
+
+
+def test_lines_after_the_restored_step_are_written_once(tmp_path):
+    train(tmp_path, with_training(steps=4))
+    with open(tmp_path / metrics.FILE, "a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n" + '{"step": 6, "lo')  # lines of a run killed after its last save
+    train(tmp_path)
+    assert [line["step"] for line in metrics.read(tmp_path)] == [2, 4, 6]
+
+
+def test_a_finished_run_does_nothing_more(whole):
+    before = (whole / metrics.FILE).read_bytes()
+    assert train(whole, batches=None) == (6, 0)
+    assert (whole / metrics.FILE).read_bytes() == before
+
+
+def test_previews_are_called_at_fixed_steps_with_the_average(tmp_path):
+    seen = {}
+
+    def previews(step, params):
+        seen[step] = jax.tree.map(np.array, params)
+        return {"psnr": 10.0 + step}
+
+    train(tmp_path, with_training(preview_every=3, steps=4), previews=previews)
+    assert sorted(seen) == [0, 3, 4]
+    assert {line["step"]: line.get("preview/psnr") for line in metrics.read(tmp_path)} == {0: 10, 2: None, 3: 13, 4: 14}
+    jax.tree.map(np.testing.assert_array_equal, seen[4], jax.device_get(read_params(tmp_path)[0]))
+
+
+def test_given_parameters_are_the_start(tmp_path):
+    given = jax.tree.map(lambda p: np.asarray(p) * 2, program().init(jax.random.key(0)).params)
+    seen = []
+    train(
+        tmp_path, with_training(steps=1, preview_every=1), params=lambda: given,
+        previews=lambda step, params: seen.append(jax.tree.map(np.array, params)) or {},
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, given, seen[0])
+
+
+def poisoned(index):
+    batch = toy_batch(index)
+    if index >= 2:
+        batch["weight"][0] = np.inf
+    return batch
+
+
+def test_a_run_that_stays_non_finite_ends_by_name(tmp_path):
+    with pytest.raises(UserError, match="loss and grad_norm not finite for 3 steps in a row, up to step 5"):
+        train(tmp_path, with_training(nonfinite_limit=3, save_every=100), functools.partial(ToyBatches, make=poisoned))
+
+
+def test_skipped_steps_are_counted_and_do_not_spoil_the_means(tmp_path):
+    train(tmp_path, with_training(steps=4, log_every=3, save_every=100), functools.partial(ToyBatches, make=poisoned))
+    first, second = metrics.read(tmp_path)
+    assert first["skipped"] == 1 and first["loss"] > 0 and second["skipped"] == 2 and "loss" not in second
+
+
+class SignalledBatches(ToyBatches):
+    """Sends this process SIGTERM when batch 3 is read."""
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.index == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+
+def test_sigterm_saves_and_the_same_command_resumes(whole, tmp_path):
+    outcome = train(tmp_path, with_training(steps=100_000, save_every=100_000), SignalledBatches)
+    assert outcome.signal == signal.SIGTERM and 1 <= outcome.step < 100_000
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert state_of(tmp_path)[1] == {"index": outcome.step}
+    if outcome.step < 6:
+        train(tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, state_of(whole)[0], state_of(tmp_path)[0])
+
+
+def test_a_reader_that_fails_ends_the_run_with_its_own_error(tmp_path):
+    class Failing(ToyBatches):
+        def __next__(self):
+            raise UserError("The dataset is gone.")
+
+    with pytest.raises(UserError, match="dataset is gone"):
+        train(tmp_path, batches=Failing)
+
+
+def test_a_profile_is_written(tmp_path):
+    train(tmp_path, with_training(steps=3, profile_start=2, profile_stop=3))
+    assert any((tmp_path / "profile").rglob("*.pb"))

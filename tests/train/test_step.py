@@ -1,0 +1,222 @@
+"""Laws of the step, on a small stage: devices, accumulation, freezing, averages, skipped steps, donation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toy_stage import toy_batch, toy_config, toy_stage
+
+from lwd_jax import config as configs
+from lwd_jax.errors import UserError
+from lwd_jax.parallel.mesh import make_mesh
+from lwd_jax.train.program import build_program
+from lwd_jax.train.state import eval_params, flat
+from lwd_jax.train.step import accumulated_gradient, clip
+
+ONE = jax.devices()[:1]
+MESHES = {
+    "data 8": {"data": 8, "fsdp": 1},
+    "fsdp 8": {"fsdp": 8},
+    "data 2 fsdp 2 tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp 4 context 2": {"fsdp": 4, "context": 2},
+}
+
+
+@functools.cache
+def program_on(mesh, config, **stage):
+    return build_program(config, mesh, toy_stage(config.data.batch_size, **stage))
+
+
+def one_device(config, **stage):
+    return program_on(make_mesh(configs.Mesh(), ONE), config, **stage)
+
+
+def place(program, batch):
+    return jax.device_put(batch, {name: leaf.sharding for name, leaf in program.batch.items()})
+
+
+def take(program, steps=1, make=toy_batch, state=None, size=8):
+    """(state, metrics of the last step)."""
+    state = program.init(jax.random.key(0)) if state is None else state
+    for _ in range(steps):
+        state, metrics = program.step(state, place(program, make(int(state.step), size)), jax.random.key(1))
+    return state, metrics
+
+
+def largest_difference(first, second):
+    """Largest absolute difference over a tree, relative to the largest magnitude of each leaf."""
+    first, second = (flat(jax.device_get(tree)) for tree in (first, second))
+    return max(
+        np.abs(first[name] - second[name]).max() / max(np.abs(first[name]).max(), 1e-6) for name in first
+    )
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES.keys())
+def test_eight_devices_equal_one(axes):
+    """Loss, gradient norm, updates and moments; the first moment with b1 = .9 is a tenth of the float32 gradient."""
+    config = toy_config(optimizer={"clip": 0.0, "schedule": "constant"})
+    alone, reference = take(one_device(config))
+    state, metrics = take(program_on(make_mesh(configs.Mesh(**axes)), config))
+    assert float(metrics["loss"]) == pytest.approx(float(reference["loss"]), rel=1e-6)
+    assert largest_difference(alone.opt_state[0].mu, state.opt_state[0].mu) < 1e-5
+    big = {name: np.abs(leaf) > 1e-5 for name, leaf in flat(jax.device_get(alone.opt_state[0].mu)).items()}
+    for name, leaf in flat(jax.device_get(alone.params)).items():  # where Adam's first step is not the sign of rounding noise
+        np.testing.assert_allclose(leaf[big[name]], flat(jax.device_get(state.params))[name][big[name]], atol=1e-5)
+
+
+def test_a_mutant_does_not_pass_as_equal():
+    """The control: mixing a row of the pictures moves the loss little and the gradient much."""
+    config = toy_config(optimizer={"clip": 0.0})
+    alone, _ = take(one_device(config))
+    wrong, _ = take(program_on(make_mesh(configs.Mesh(data=8, fsdp=1)), config, mutant=True))
+    assert largest_difference(alone.opt_state[0].mu, wrong.opt_state[0].mu) > 1e-3
+
+
+def test_large_parameters_and_their_moments_are_split():
+    state, _ = take(program_on(make_mesh(configs.Mesh(fsdp=4, tensor=2)), toy_config()))
+    for tree in (state.params, state.opt_state[0].mu, state.opt_state[0].nu, state.ema):
+        assert tree["blocks"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 4, 8)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 1}, {"fsdp": 2}], ids=["one device", "fsdp 2"])
+def test_accumulation_equals_one_large_batch(mesh):
+    devices = jax.devices()[: 1 if mesh["fsdp"] == 1 else 2]
+    mesh = make_mesh(configs.Mesh(**mesh), devices)
+    stage = toy_stage(8)
+    params = stage.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(3), 8)
+    batch = toy_batch(0)
+    whole, metrics = accumulated_gradient(stage.loss, params, {}, batch, keys, 1)
+    parts, summed = jax.jit(lambda b: accumulated_gradient(stage.loss, params, {}, b, keys, 4))(batch)
+    assert largest_difference(whole, parts) < 1e-5
+    assert float(metrics["loss"]) == pytest.approx(float(summed["loss"]), rel=1e-6)
+    assert float(summed["count_by_time"].sum()) == 8
+    assert float(summed["loss_by_time"].sum()) == pytest.approx(float(metrics["loss_by_time"].sum()), rel=1e-5)
+    config = toy_config(optimizer={"accumulate": 4})
+    full, small = (take(program_on(mesh, c))[0].opt_state[0].mu for c in (toy_config(), config))
+    assert largest_difference(full, small) < 1e-5
+
+
+def test_accumulation_must_divide():
+    with pytest.raises(UserError, match="data x fsdp = 8"):
+        program_on(make_mesh(configs.Mesh()), toy_config(optimizer={"accumulate": 2}))
+
+
+def test_height_must_divide_over_context():
+    with pytest.raises(UserError, match="mesh.context = 3"):
+        program_on(make_mesh(configs.Mesh(fsdp=2, context=3), jax.devices()[:6]), toy_config())
+
+
+def test_frozen_parameters_stay_and_cost_nothing():
+    config = toy_config(optimizer={"freeze": (r"blocks/norm/", r"/q/")})
+    program = one_device(config, frozen=(r"^conv_out/",))
+    before = jax.device_get(program.init(jax.random.key(0)).params)
+    state, _ = take(program, 3)
+    frozen = {"blocks/q/kernel", "blocks/norm/scale", "blocks/norm/bias", "conv_out/kernel"}
+    for name, leaf in flat(jax.device_get(state.params)).items():
+        assert np.array_equal(leaf, flat(before)[name]) == (name in frozen), name
+    for tree in (state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert not frozen & set(flat(tree))
+        assert set(flat(tree)) | frozen == set(flat(before))
+
+
+def test_train_only():
+    state, _ = take(one_device(toy_config(optimizer={"train_only": (r"/(q|k)/", "conv_in"), "freeze": (r"in/bias",)})))
+    assert set(flat(state.ema)) == {"blocks/q/kernel", "blocks/k/kernel", "conv_in/kernel"}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"freeze": ("blokcs",)}, "blokcs.*names no parameter"),
+        ({"freeze": ("(",)}, "regular expression"),
+        ({"freeze": ("",)}, "no parameter to train"),
+    ],
+)
+def test_patterns_that_mean_nothing_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        one_device(toy_config(optimizer=settings))
+
+
+def test_average_has_its_closed_form():
+    config = toy_config(training={"ema": 0.75})
+    program = one_device(config)
+    state = program.init(jax.random.key(0))
+    history = [jax.device_get(state.params)]
+    for _ in range(4):
+        state, _ = take(program, 1, state=state)
+        history.append(jax.device_get(state.params))
+    expected = jax.tree.map(lambda *p: 0.75**4 * p[0] + sum(0.25 * 0.75 ** (4 - i) * p[i] for i in range(1, 5)), *history)
+    assert largest_difference(expected, state.ema) < 1e-6
+    assert largest_difference(expected, eval_params(state)) < 1e-6
+
+
+def test_average_of_bfloat16_parameters_is_float32():
+    """At .9998 a bfloat16 average would not move."""
+    program = one_device(toy_config(training={"ema": 0.9998}))
+    state = program.init(jax.random.key(0), jax.tree.map(lambda p: p.astype(jnp.bfloat16), program.init(jax.random.key(0)).params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(eval_params(state))} == {jnp.dtype("bfloat16")}
+
+
+def test_no_average():
+    state, _ = take(one_device(toy_config(training={"ema": 0.0})))
+    assert state.ema == {}
+    assert largest_difference(eval_params(state), state.params) == 0
+
+
+def test_a_non_finite_step_is_skipped_and_counted():
+    def poisoned(index, size):
+        batch = toy_batch(index, size)
+        if index in (1, 2):
+            batch["weight"][3] = np.nan
+        return batch
+
+    program = one_device(toy_config())
+    good, _ = take(program, 1)
+    kept = jax.device_get((good.params, good.opt_state, good.ema))
+    bad, metrics = take(program, 2, poisoned, good)
+    assert not np.isfinite(metrics["loss"]) and int(metrics["skipped"]) == int(metrics["streak"]) == 2
+    jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get((bad.params, bad.opt_state, bad.ema)))
+    assert int(bad.step) == 3
+    after, metrics = take(program, 1, poisoned, bad)
+    assert np.isfinite(metrics["loss"]) and int(after.skipped) == 2 and int(after.streak) == 0
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(kept[0]), jax.tree.leaves(jax.device_get(after.params))))
+
+
+def test_a_non_finite_gradient_alone_is_skipped():
+    """sqrt at 0: a finite loss with an infinite gradient."""
+    stage = toy_stage()
+    odd = stage._replace(loss=lambda p, b, k: (jnp.sqrt(jnp.sum(jnp.square(p["blocks"]["norm"]["bias"] * 0))), {}))
+    program = build_program(toy_config(), make_mesh(configs.Mesh(), ONE), odd)
+    state, metrics = take(program)
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and int(state.skipped) == 1
+
+
+def test_the_state_is_donated():
+    program = one_device(toy_config())
+    before = program.init(jax.random.key(0))
+    leaves = jax.tree.leaves((before.params, before.opt_state, before.ema))
+    state, _ = take(program, 1, state=before)
+    assert all(leaf.is_deleted() for leaf in leaves)
+    compiled = program.step.lower(program.state, program.batch, jax.random.key(0)).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
+def test_clipping_is_by_the_global_norm():
+    gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    norm = optax.global_norm(gradients)
+    assert float(optax.global_norm(clip(gradients, norm, 1.0))) == pytest.approx(1.0)
+    assert largest_difference(gradients, clip(gradients, norm, 6.0)) == 0
+    assert largest_difference(gradients, clip(gradients, norm, 0.0)) == 0
+
+
+def test_randomness_depends_on_seed_and_step_alone():
+    program = one_device(toy_config(optimizer={"learning_rate": 1e-12}))
+    same = toy_batch(0)
+    losses = [float(take(program, n, lambda i, s: same)[1]["loss"]) for n in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
