@@ -1,0 +1,89 @@
+"""`lwd encode` with a small KL autoencoder from a diffusers folder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import KL, autoencoder
+
+from lwd_jax.autoencoders import load_autoencoder, save_autoencoder
+from lwd_jax.cli import main
+from lwd_jax.data.dataset import open_dataset
+from lwd_jax.data.latents import open_latents
+from lwd_jax.data.pictures import decode
+from lwd_jax.weights.folder import fingerprint
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encode")
+    (root / "images").mkdir()
+    for i, shape in enumerate([(70, 100), (100, 70), (80, 110)]):
+        values = np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(values).save(root / "images" / f"{i}.png")
+        (root / "images" / f"{i}.txt").write_text(f"picture {i}")
+    assert (
+        main(["prepare", "--images", str(root / "images"), "--out", str(root / "dataset"), "--resolution", "64"]) == 0
+    )
+    for name, seed in (("one", 0), ("two", 1)):
+        save_autoencoder(root / name, *autoencoder(seed))
+    return root
+
+
+def encode(root, models="one", *more):
+    arguments = [
+        "encode",
+        "--dataset",
+        str(root / "dataset"),
+        "--models",
+        str(root / models),
+        "--out",
+        str(root / "latents"),
+    ]
+    return main([*arguments, "--resolution", "64", "--batch-size", "2", "--storage", "float32", *more])
+
+
+def test_latents_are_the_autoencoders(root, capsys):
+    assert encode(root, "one", "--text", "hashed_words", "--text-width", "24", "--smallest-bucket", "1") == 0
+    printed = capsys.readouterr().out
+    assert "stand-in" in printed and "3 encoded, 0 kept" in printed and "lwd train" in printed.splitlines()[-1]
+    latents, dataset = open_latents(root / "latents"), open_dataset(root / "dataset")
+    module, params = load_autoencoder(root / "one")
+    assert latents.metadata["autoencoder_fingerprint"] == fingerprint(params)
+    assert latents.metadata["autoencoder"]["scaling"] == KL.scaling
+    assert latents.metadata["autoencoder"]["latent_channels"] == KL.latent_channels
+    assert latents.metadata["text"]["width"] == 24 and len({tuple(size) for size in latents.sizes}) == 2
+    reference = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
+    for number in range(3):
+        picture = decode(dataset[number].picture, tuple(latents.sizes[number]))
+        x = jnp.asarray(picture[None], jnp.float32) / 127.5 - 1
+        posterior = reference(x)
+        mean, std = latents.latent(number)
+        np.testing.assert_allclose(mean, posterior.mean[0], atol=2e-5)
+        np.testing.assert_allclose(std, np.exp(0.5 * posterior.logvar[0]), rtol=2e-5)
+    # Again with the same weights: nothing to do. With others: everything.
+    assert encode(root, "one", "--text", "hashed_words", "--text-width", "24", "--smallest-bucket", "1") == 0
+    assert "0 encoded, 3 kept" in capsys.readouterr().out
+    assert encode(root, "two", "--text", "hashed_words", "--text-width", "24", "--no-buckets") == 0
+    assert "3 encoded, 0 kept" in capsys.readouterr().out
+    assert (open_latents(root / "latents").sizes == 64).all()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--dataset", "nowhere"], "no dataset folder 'nowhere'"),
+        (["--models", "nowhere"], "no folder 'nowhere'"),
+        (["--resolution", "100"], "does not divide"),
+        (["--text", "sd3"], "text"),
+        ([], "--text hashed_words"),
+        (["--batch-size", "0", "--text", "hashed_words"], "one picture at a time"),
+        (["--text", "hashed_words", "--out", "IMAGES"], "choose another --out"),
+    ],
+)
+def test_mistakes_are_one_sentence(root, capsys, change, words):
+    change = [str(root / "images") if word == "IMAGES" else word for word in change]
+    assert encode(root, "one", *change) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("lwd: ") and words in error, error
