@@ -57,6 +57,7 @@ class Request:
             raise UserError(f"Pictures must measure multiples of {SIZE_UNIT} px, but {self.width} x {self.height} was asked for.")
         if self.batch < 1:
             raise UserError(f"At least one picture at a time must be sampled, but the batch is {self.batch}.")
+        sigmas(self.sampling.steps, self.sampling.shift)  # says now what would otherwise be said once the models are read
 
 
 class Sample(NamedTuple):

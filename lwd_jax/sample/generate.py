@@ -1,5 +1,7 @@
 """Noise and conditioning -> latent -> picture."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,7 @@ def generate(predict, noise, cond, null_cond, guidance, sigmas, solver="euler"):
     return solve(guided(predict, cond, null_cond, guidance), jnp.asarray(noise, jnp.float32), jnp.asarray(sigmas))
 
 
+@functools.lru_cache(maxsize=8)  # one compiled program per module and solver, however often it is asked for
 def make_sampler(backbone, solver="euler"):
     """`f(params, noise, cond, null_cond, guidance, sigmas) -> z0` of a backbone module, jitted; see `generate`."""
     choose(SOLVERS, solver, "solver")
@@ -87,6 +90,7 @@ def to_uint8(x):
     return jnp.round(jnp.clip(x.astype(jnp.float32) * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
+@functools.lru_cache(maxsize=8)
 def make_decoder(autoencoder):
     """`f(params, z0 [B h w C]) -> uint8 pictures [B H W 3]` of an autoencoder module, jitted; z0 as the backbone sees it."""
 

@@ -1,0 +1,119 @@
+"""`lwd sample`: PNG files that carry their parameters, samples.json, and one sentence with exit code 2 for mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+from tiny_models import write_latents, write_pipeline, write_workdir
+
+from lwd_jax.cli import main
+from lwd_jax.sample.generate import initial_noise
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of stage 2, beside the folder it started from."""
+    place = tmp_path_factory.mktemp("runs")
+    folder = str(write_pipeline(place / "sd3"))
+    latents = str(write_latents(place / "latents"))
+    models = {"autoencoder": folder, "backbone": folder}
+    return write_workdir(
+        place / "run", 2, seed=20, models=models, data={"latents": latents}, sampling={"steps": 3, "guidance": 3.0}
+    )
+
+
+def sample(*arguments):
+    return main(["sample", *map(str, arguments)])
+
+
+def test_pictures_carry_what_made_them(run, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("eine Straße\n\n")
+    out = tmp_path / "out"
+    options = ("--prompt", "a cat", "--prompt-file", prompts, "--negative", "fog", "--resolution", "80x48", "--seed", 3)
+    assert sample("--models", run, *options, "--count", 2, "--batch", 2, "--shift", 1.5, "--out", out) == 0
+    index = json.loads((out / "samples.json").read_text())
+    assert [entry["prompt"] for entry in index["samples"]] == ["a cat", "a cat", "eine Straße", "eine Straße"]
+    expected = {"steps": 2, "guidance": 3.0, "shift": 1.5, "solver": "euler", "dtype": "float32"}
+    assert index["settings"] == expected and index["models"]["weights"] == "ema"
+    assert sorted(path.name for path in out.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "samples.json"]
+    for number, entry in enumerate(index["samples"]):
+        with Image.open(out / entry["file"]) as picture:
+            assert picture.size == (80, 48) and picture.mode == "RGB" and picture.text["prompt"] == entry["prompt"]
+            carried = json.loads(picture.text["lwd"])
+        assert carried == entry | expected | {"models": index["models"]} and carried["index"] == number
+        assert (carried["seed"], carried["negative"], carried["width"]) == (3, "fog", 80)
+    said = capsys.readouterr().out
+    assert "hashed_words" in said and "Next: lwd" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_latents_from_pytorch_take_the_place_of_the_seed(run, tmp_path, suffix):
+    noise = np.asarray(initial_noise(11, [0], (6, 10, 4))).transpose(0, 3, 1, 2).copy()
+    file = tmp_path / f"noise.{suffix}"
+    np.save(file, noise) if suffix == "npy" else save_file({"latents": noise}, file)
+    both = {"given": ("--latents", file), "seeded": ("--seed", 11, "--resolution", "80x48")}
+    for name, options in both.items():
+        assert sample("--models", run, "--prompt", "a cat", *options, "--out", tmp_path / name) == 0
+    given, seeded = (np.asarray(Image.open(tmp_path / name / "00000.png")) for name in both)
+    np.testing.assert_array_equal(given, seeded)
+    assert json.loads((tmp_path / "given" / "samples.json").read_text())["samples"][0]["seed"] is None
+
+
+def test_plain_weights_and_another_solver_draw_something_else(run, tmp_path):
+    options = {"ema": (), "plain": ("--plain",), "heun": ("--solver", "heun")}
+    for name, more in options.items():
+        assert sample("--models", run, "--prompt", "a cat", "--resolution", "80x48", *more, "--out", tmp_path / name) == 0
+    assert len({(tmp_path / name / "00000.png").read_bytes() for name in options}) == 3
+    assert len({np.asarray(Image.open(tmp_path / name / "00000.png")).tobytes() for name in options}) == 3
+
+
+@pytest.mark.parametrize(
+    "change,sentence",
+    [
+        ({"--models": "nowhere"}, "There is no folder 'nowhere'."),
+        ({"--resolution": "1000"}, "Pictures must measure multiples of 16 px, but 1000 x 1000 was asked for."),
+        ({"--resolution": "64y32"}, "Write --resolution as a side in px or as WIDTHxHEIGHT, not as '64y32'."),
+        ({"--prompt": None}, "There is nothing to draw: give --prompt or --prompt-file."),
+        ({"--prompt-file": "gone.txt"}, "There is no file 'gone.txt'."),
+        ({"--solver": "huen"}, "There is no solver 'huen'. Did you mean 'heun'?"),
+        ({"--count": "0"}, "--count must be at least 1, but it is 0."),
+        ({"--steps": "0"}, "Sampling needs at least 1 step, but 0 was given."),
+        ({"--batch": "0"}, "At least one picture at a time must be sampled, but the batch is 0."),
+        ({"--latents": "noise.pt"}, "There is no file 'noise.pt'."),
+        ({"--models": "FOLDER"}, "comes with no text encoder; name a folder that has them with --text-models."),
+        ({"--models": "FOLDER", "--text-models": "gone"}, "'gone' has no folder 'text_encoder'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes(run, tmp_path, capsys, change, sentence):
+    given = {"--models": str(run), "--prompt": "a cat", "--resolution": "48"} | change
+    if given["--models"] == "FOLDER":
+        given["--models"] = str(run.parent / "sd3")
+    options = [word for pair in given.items() if pair[1] is not None for word in pair]
+    assert sample(*options, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_latents_that_do_not_fit_are_named(run, tmp_path, capsys):
+    np.save(tmp_path / "noise.npy", np.zeros((2, 4, 6, 6), np.float32))
+    assert sample("--models", run, "--prompt", "a cat", "--latents", tmp_path / "noise.npy", "--out", tmp_path / "out") == 2
+    assert "2 of 4 x 6 x 6, but 1 of 4 x 6 x 6 are needed" in capsys.readouterr().err
+    np.save(tmp_path / "flat.npy", np.zeros((4, 6, 6), np.float32))
+    assert sample("--models", run, "--prompt", "a cat", "--latents", tmp_path / "flat.npy", "--out", tmp_path / "out") == 2
+    assert "one tensor of latents" in capsys.readouterr().err
+    (tmp_path / "pickled.npy").write_bytes(np.array([None], dtype=object).dumps())
+    assert sample("--models", run, "--prompt", "a cat", "--latents", tmp_path / "pickled.npy", "--out", tmp_path / "out") == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_taken_folder_is_refused(run, tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("dear")
+    for more in ((), ("--overwrite",)):
+        assert sample("--models", run, "--prompt", "a cat", "--out", tmp_path, *more) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
