@@ -78,12 +78,13 @@ def test_each_sample_has_its_own_range():
 
 
 def test_supervised_fraction_of_pure_noise():
-    """Golden numbers of the released configuration: 16 channels, 256 x 256, floor 0.3."""
-    saliency = wavelet_saliency(jax.random.normal(jax.random.key(0), (2, 256, 256, 16)))
+    """Golden numbers of one draw with 16 channels, 256 x 256, floor 0.3. The largest energy of a draw sets the scale
+    of its map, so that single draws differ by half at t = 0.9; the mean of eight comes near."""
+    saliency = wavelet_saliency(jax.random.normal(jax.random.key(0), (8, 256, 256, 16)))
     expected = {0.3: 1.0, 0.5: 0.98, 0.6: 0.84, 0.7: 0.53, 0.8: 0.23, 0.9: 0.065, 1.0: 0.013}
     for t, fraction in expected.items():
-        ours = supervision_mask(saliency, jnp.full(2, t)).mean()
-        np.testing.assert_allclose(ours, fraction, rtol=0.12, atol=0.02 if t < 0.85 else 0, err_msg=f"t = {t}")
+        ours = supervision_mask(saliency, jnp.full(8, t)).mean()
+        np.testing.assert_allclose(ours, fraction, rtol=0.2 if t > 0.75 else 0.08, err_msg=f"t = {t}")
     times = jnp.arange(5, 1001, 10) / 1000
     mean = jax.jit(lambda: jax.lax.map(lambda t: supervision_mask(saliency[:1], t[None]).mean(), times).mean())()
-    np.testing.assert_allclose(mean, 0.717, atol=0.02)
+    np.testing.assert_allclose(mean, 0.717, atol=0.03)
