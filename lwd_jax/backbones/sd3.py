@@ -258,7 +258,7 @@ VARIANTS = {
     "sd3-medium": _MEDIUM,
     "sd3.5-medium": dataclasses.replace(_MEDIUM, pos_embed_max_size=384, dual_layers=13, qk_norm=True),
     "sd3.5-large": dataclasses.replace(_MEDIUM, num_layers=38, num_attention_heads=38, qk_norm=True),
-    # For the quickstart on a CPU: 2.9 M parameters, the medium's structure.
+    # For the quickstart on a CPU: 3.6 M parameters, the medium's structure.
     "tiny": dataclasses.replace(
         _MEDIUM,
         sample_size=32,

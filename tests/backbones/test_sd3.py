@@ -1,0 +1,284 @@
+"""Laws of the SD3 backbone: it equals diffusers' SD3Transformer2DModel, at its sizes, through its folders."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lwd_jax.backbones import load_backbone, save_backbone, sd3
+from lwd_jax.errors import UserError
+from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.weights.model import abstract_params, init_params
+from lwd_jax.weights.table import cover, flat, read, write
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+FULL_SIZE = {  # variant -> manifest, parameters (without the position table, which diffusers keeps as a buffer)
+    "sd3-medium": ("sd3_medium", 2_028_328_000),
+    "sd3.5-medium": ("sd35_medium", 2_243_171_520),
+    "sd3.5-large": ("sd35_large", 8_056_627_520),
+}
+PLAIN = sd3.Config(
+    sample_size=32, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=3,
+    joint_attention_dim=40, pooled_projection_dim=24, pos_embed_max_size=10,
+)  # fmt: skip
+CASES = {
+    "plain": (PLAIN, (12, 12)),
+    "qk norm, portrait": (dataclasses.replace(PLAIN, qk_norm=True), (20, 6)),
+    "dual attention, landscape": (dataclasses.replace(PLAIN, qk_norm=True, dual_layers=2), (6, 14)),
+}
+
+
+def foreign_model(config):
+    """diffusers' model with every parameter moved away from its initial zeros and ones."""
+    torch = pytest.importorskip("torch")
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(**sd3.to_foreign(config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tensors_of(model) -> dict:
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+def params_of(config, model):
+    return read(sd3.weights(config), tensors_of(model), abstract_params(sd3.BACKBONE, config))
+
+
+def random_inputs(config, height, width, batch=2, length=7, seed=1):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    z_t, t = normal(batch, height, width, config.in_channels), rng.uniform(size=batch).astype(np.float32)
+    cond = Conditioning(normal(batch, length, config.joint_attention_dim), pooled=normal(batch, config.pooled_projection_dim))
+    return z_t, t, cond
+
+
+def foreign_call(model, z_t, t, cond):
+    """The same arguments given to diffusers: (NCHW leaf tensor, NHWC output)."""
+    import torch
+
+    z = torch.from_numpy(z_t.transpose(0, 3, 1, 2).copy()).requires_grad_()
+    out = model(z, torch.from_numpy(cond.tokens), torch.from_numpy(cond.pooled), torch.from_numpy(1000 * t)).sample
+    return z, out.permute(0, 2, 3, 1)
+
+
+def apart(ours, theirs, floor=0.0) -> float:
+    """Relative error in the 2-norm; `floor` stands in for gradients that are 0 but for rounding."""
+    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients_equal_diffusers(case):
+    config, (height, width) = CASES[case]
+    model = foreign_model(config)
+    z_t, t, cond = random_inputs(config, height, width)
+    weight = np.random.default_rng(2).standard_normal(z_t.shape).astype(np.float32)
+    z, expected = foreign_call(model, z_t, t, cond)
+    (expected * expected.new_tensor(weight)).sum().backward()
+
+    module, params = sd3.SD3(config), params_of(config, model)
+
+    def loss(params, z_t):
+        out = module.apply({"params": params}, z_t, t, cond)
+        return jnp.sum(out * weight), out
+
+    (_, out), (of_params, of_z) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, z_t)
+    assert out.dtype == jnp.float32 and out.shape == z_t.shape
+    assert apart(np.asarray(out), expected.detach().numpy()) <= 1e-5
+    assert apart(np.asarray(of_z), z.grad.permute(0, 2, 3, 1).numpy()) <= 1e-4
+    ours = dict(write(sd3.weights(config), of_params))
+    theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    typical = float(np.median([np.linalg.norm(gradient) for gradient in theirs.values()]))
+    worst = max((apart(ours[name], gradient, 1e-3 * typical), name) for name, gradient in theirs.items())
+    assert worst[0] <= 1e-4, worst
+    assert not np.any(of_params["position"]["table"]), "the position table is not trained"
+
+
+def test_text_mask_is_not_read():
+    """SD3 attends to padding, in diffusers and here."""
+    config = CASES["plain"][0]
+    module, params = sd3.SD3(config), init_params(sd3.BACKBONE, config, jax.random.key(0))
+    params["final_proj"]["kernel"] += 0.1
+    z_t, t, cond = random_inputs(config, 4, 4)
+    mask = np.zeros(cond.tokens.shape[:2], np.float32)
+    outputs = [module.apply({"params": params}, z_t, t, c) for c in (cond, cond._replace(mask=mask))]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_bfloat16_is_near_float32():
+    config = CASES["dual attention, landscape"][0]
+    params = params_of(config, foreign_model(config))
+    z_t, t, cond = random_inputs(config, 8, 8)
+    exact = sd3.SD3(config).apply({"params": params}, z_t, t, cond)
+    rounded = sd3.SD3(config, dtype=jnp.bfloat16).apply({"params": params}, z_t, t, cond)
+    assert rounded.dtype == jnp.float32
+    assert 0 < apart(np.asarray(rounded), np.asarray(exact)) < 0.03
+
+
+def test_batch_members_do_not_see_each_other():
+    config = CASES["plain"][0]
+    module, params = sd3.SD3(config), params_of(config, foreign_model(config))
+    z_t, t, cond = random_inputs(config, 6, 8, batch=3)
+    whole = module.apply({"params": params}, z_t, t, cond)
+    one = module.apply({"params": params}, z_t[1:2], t[1:2], jax.tree.map(lambda x: x[1:2], cond))
+    np.testing.assert_allclose(whole[1:2], one, atol=1e-5, rtol=1e-5)
+
+
+def test_new_model_predicts_zero_and_learns():
+    """adaLN-Zero: the first prediction is 0, and its gradient reaches the last projection."""
+    config = dataclasses.replace(sd3.VARIANTS["tiny"], num_layers=2)
+    module, params = sd3.SD3(config), init_params(sd3.BACKBONE, config, jax.random.key(0))
+    z_t, t, cond = random_inputs(config, 4, 4)
+    assert not np.any(module.apply({"params": params}, z_t, t, cond))
+    gradient = jax.grad(lambda p: jnp.mean((module.apply({"params": p}, z_t, t, cond) - z_t) ** 2))(params)
+    assert np.any(gradient["final_proj"]["kernel"])
+    blocks = params["joint_blocks"]["picture"]
+    assert blocks["q"]["kernel"].shape == (1, config.width, config.width)
+    bound = math.sqrt(6 / (2 * config.width))  # Glorot and Bengio 2010, eq. 16
+    np.testing.assert_allclose(np.std(blocks["q"]["kernel"]), bound / math.sqrt(3), rtol=0.05)
+    assert not np.any(blocks["modulation"]["kernel"])
+
+
+@pytest.mark.parametrize("variant", FULL_SIZE)
+def test_full_size(variant):
+    """By shape evaluation alone: the parameter count of the release, and a table that covers its checkpoint."""
+    manifest, count = FULL_SIZE[variant]
+    config = sd3.VARIANTS[variant]
+    abstract = abstract_params(sd3.BACKBONE, config)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in flat(abstract).items()}
+    assert sum(sizes.values()) - sizes["position/table"] == count
+    cover(sd3.weights(config), json.loads((MANIFESTS / f"{manifest}.json").read_text()), abstract)
+    assert sd3.from_foreign(sd3.to_foreign(config)) == config
+
+
+@pytest.mark.parametrize("variant", FULL_SIZE)
+def test_manifests_are_diffusers(variant):
+    torch = pytest.importorskip("torch")
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**sd3.to_foreign(sd3.VARIANTS[variant]))
+    made = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert json.loads((MANIFESTS / f"{FULL_SIZE[variant][0]}.json").read_text()) == made
+    assert sum(parameter.numel() for parameter in model.parameters()) == FULL_SIZE[variant][1]
+
+
+def test_4096_px_evaluates_by_shape():
+    config = sd3.VARIANTS["sd3-medium"]
+    arguments = sd3.inputs(config, 4096, 1)
+    module = sd3.SD3(config, dtype=jnp.bfloat16)
+    out = jax.eval_shape(module.apply, {"params": abstract_params(sd3.BACKBONE, config)}, *arguments)
+    assert out.shape == (1, 512, 512, 16) and out.dtype == jnp.float32
+
+
+def test_table_there_and_back_is_the_identity():
+    config = CASES["dual attention, landscape"][0]
+    model = foreign_model(config)
+    back = dict(write(sd3.weights(config), params_of(config, model)))
+    tensors = tensors_of(model)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_a_checkpoints_own_position_table_is_used_and_kept():
+    """Another table of one part per column and row, in half precision as releases are: used as it is, written as it was."""
+    torch = pytest.importorskip("torch")
+    config = PLAIN
+    model = foreign_model(config)
+    size, half = config.pos_embed_max_size, config.width // 2
+    rng = np.random.default_rng(3)
+    columns, rows = rng.standard_normal((2, size, half)).astype(np.float16).astype(np.float32)
+    own = np.concatenate(np.broadcast_arrays(columns[None], rows[:, None]), axis=-1).reshape(1, size * size, -1)
+    model.pos_embed.pos_embed.copy_(torch.from_numpy(own))
+    params = params_of(config, model)
+    z_t, t, cond = random_inputs(config, 8, 14)
+    out = sd3.SD3(config).apply({"params": params}, z_t, t, cond)
+    assert apart(np.asarray(out), foreign_call(model, z_t, t, cond)[1].detach().numpy()) <= 1e-5
+    np.testing.assert_array_equal(dict(write(sd3.weights(config), params))["pos_embed.pos_embed"], own)
+
+
+def test_a_position_table_of_another_kind_is_refused():
+    rng = np.random.default_rng(4)
+    with pytest.raises(UserError, match="pos_embed.pos_embed"):
+        sd3.POSITIONS.to_ours(rng.standard_normal((1, 36, 8)))
+
+
+def test_folder_loads_in_diffusers(tmp_path):
+    torch = pytest.importorskip("torch")
+    from diffusers import SD3Transformer2DModel
+
+    config = CASES["dual attention, landscape"][0]
+    module, params = sd3.SD3(config), params_of(config, foreign_model(config))
+    save_backbone(tmp_path / "transformer", module, params)
+    model, report = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
+    assert not any(report.values()), report
+    z_t, t, cond = random_inputs(config, 10, 12)
+    with torch.no_grad():
+        theirs = foreign_call(model, z_t, t, cond)[1].detach().numpy()
+    assert apart(np.asarray(module.apply({"params": params}, z_t, t, cond)), theirs) <= 1e-5
+
+    again, back = load_backbone(tmp_path / "transformer")
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+
+
+def test_diffusers_folder_loads_here(tmp_path):
+    """A sharded bfloat16 pipeline folder, as PyTorch writes it, comes back bit for bit."""
+    torch = pytest.importorskip("torch")
+    config = PLAIN
+    model = foreign_model(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    (tmp_path / "model_index.json").write_text("{}")
+    module, params = load_backbone(tmp_path, dtype=jnp.bfloat16, remat="full")
+    assert (module.config, module.dtype, module.remat) == (config, jnp.bfloat16, "full")
+    for name, tensor in write(sd3.weights(config), params):
+        np.testing.assert_array_equal(tensor, model.state_dict()[name].float().numpy(), err_msg=name)
+
+
+def test_fields_a_config_does_not_say_are_diffusers_defaults():
+    pytest.importorskip("torch")
+    import inspect
+
+    from diffusers import SD3Transformer2DModel
+
+    theirs = inspect.signature(SD3Transformer2DModel.__init__).parameters
+    defaults = {name: theirs[name].default for name in sd3.to_foreign(PLAIN)}
+    assert sd3.from_foreign({"_class_name": "SD3Transformer2DModel"}) == sd3.from_foreign(defaults)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_layer": 4}, "Did you mean 'num_layers'"),
+        ({"dual_attention_layers": [1, 2]}, "dual_attention_layers"),
+        ({"qk_norm": "layer_norm"}, "qk_norm"),
+        ({"caption_projection_dim": 64}, "caption_projection_dim"),
+    ],
+)
+def test_unsupported_configs_are_refused(change, said):
+    with pytest.raises(UserError, match=said):
+        sd3.from_foreign(sd3.to_foreign(PLAIN) | change)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    config = PLAIN
+    z_t, t, cond = random_inputs(config, 7, 8)
+    abstract = abstract_params(sd3.BACKBONE, config)
+    with pytest.raises(ValueError, match="7 x 8"):
+        jax.eval_shape(sd3.SD3(config).apply, {"params": abstract}, z_t, t, cond)
+    with pytest.raises(ValueError, match="pooled"):
+        jax.eval_shape(sd3.SD3(config).apply, {"params": abstract}, z_t[:, :6], t, cond._replace(pooled=None))

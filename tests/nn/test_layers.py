@@ -1,0 +1,60 @@
+"""Laws of the layers and the modulation: they equal torch's, and their float32 islands are float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lwd_jax.nn.layers import Dense, RMSNorm, gelu, layer_norm
+from lwd_jax.nn.modulation import Modulation, gated, modulate
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_layers_equal_torch():
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    x, scale = 3 * draw(2, 5, 12) + 1, draw(12, seed=1)
+    given = torch.from_numpy(x)
+    np.testing.assert_allclose(layer_norm(x), functional.layer_norm(given, (12,), eps=1e-6), atol=2e-6)
+    made = RMSNorm().apply({"params": {"scale": scale}}, x)
+    np.testing.assert_allclose(made, functional.rms_norm(given, (12,), torch.from_numpy(scale), 1e-6), atol=2e-6)
+    np.testing.assert_allclose(gelu(x), functional.gelu(given, approximate="tanh"), atol=2e-6)
+    kernel, bias = draw(12, 7, seed=2), draw(7, seed=3)
+    made = Dense(7).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    expected = functional.linear(given, torch.from_numpy(kernel.T.copy()), torch.from_numpy(bias))
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+def test_norm_statistics_are_float32():
+    """A mean of 256 with a spread of 1: bfloat16 statistics would see almost no spread at all."""
+    x = jnp.asarray(256 + 2 * draw(4, 64), jnp.bfloat16)
+    np.testing.assert_allclose(layer_norm(x), layer_norm(x.astype(jnp.float32)), atol=1e-6)
+    assert layer_norm(x).dtype == jnp.float32 and RMSNorm().init_with_output(jax.random.key(0), x)[0].dtype == x.dtype
+
+
+def test_dense_keeps_the_accumulator_where_asked():
+    x = jnp.full((1, 512), 1 + 2**-7, jnp.bfloat16)
+    params = {"kernel": jnp.full((512, 1), 1 + 2**-7), "bias": jnp.zeros(1)}
+    wide = Dense(1, dtype=jnp.bfloat16, out_dtype=jnp.float32).apply({"params": params}, x)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, 512 * (1 + 2**-7) ** 2, rtol=1e-7)
+    assert Dense(1, dtype=jnp.bfloat16).apply({"params": params}, x).dtype == jnp.bfloat16
+
+
+def test_modulation_starts_as_the_identity():
+    """adaLN-Zero: shift, scale and gate are 0, so a block passes its tokens through."""
+    emb, x, y = draw(2, 8), draw(2, 3, 8, seed=1), draw(2, 3, 8, seed=2)
+    (shift, scale, gate), _ = Modulation(24, dtype=jnp.bfloat16).init_with_output(jax.random.key(0), emb)
+    assert shift.dtype == jnp.float32
+    np.testing.assert_array_equal(modulate(x, shift, scale), layer_norm(x))
+    np.testing.assert_array_equal(gated(x, gate, y), x)
+
+
+def test_modulate_and_gated_are_their_formulas():
+    x, y, a, b = draw(2, 3, 8), draw(2, 3, 8, seed=1), draw(2, 8, seed=2), draw(2, 8, seed=3)
+    np.testing.assert_allclose(modulate(x, a, b), np.asarray(layer_norm(x)) * (1 + b[:, None]) + a[:, None], atol=1e-6)
+    np.testing.assert_allclose(gated(x, a, y), x + a[:, None] * y, atol=1e-6)
+    assert gated(jnp.asarray(x, jnp.bfloat16), a, y).dtype == jnp.bfloat16
