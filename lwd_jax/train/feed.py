@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +84,3 @@ class Feed:
         self._ended.set()
         self._thread.join()
         self._batches.close()
-
-
-Batches = Callable[[dict | None], Any]  # data position, or None for the beginning -> the iterator

@@ -16,7 +16,7 @@ from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints
-from lwd_jax.train.feed import Batches, Feed
+from lwd_jax.train.feed import Feed
 from lwd_jax.train.metrics import Window, Writer
 from lwd_jax.train.models import MODEL_FILE
 from lwd_jax.train.program import Program
@@ -129,7 +129,7 @@ def _previewed(previews: Previews, step: int, state: State) -> tuple[dict, float
 
 def run(
     program: Program,
-    batches: Batches,
+    batches: Any,
     config: Config,
     workdir: str | Path,
     mesh: Mesh,
@@ -142,7 +142,7 @@ def run(
 
     Args:
       program: of `build_program`.
-      batches: data position or None -> an iterator of this process's part of each batch, with `.state()`.
+      batches: an iterator of this process's part of each batch, with `.state()`, `.restore(state)` and `.close()`.
       config: the resolved config; written to the workdir.
       workdir: made if it is not there.
       mesh: the program's.
@@ -155,6 +155,7 @@ def run(
     """
     with contextlib.ExitStack() as closing:
         # Begin, or resume
+        stop = closing.enter_context(Stop())
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         training, total = config.training, config.training.steps
@@ -167,11 +168,12 @@ def run(
         first = int(state.step)
         if first >= total:
             return Outcome(first, 0)
-        feed = Feed(batches(position), mesh)
+        if position is not None:
+            batches.restore(position)
+        feed = Feed(batches, mesh)
         closing.callback(feed.close)
         writer = Writer(workdir, first)
         closing.callback(writer.close)
-        stop = closing.enter_context(Stop())
         progress = closing.enter_context(_progress())
         bar = progress.add_task(config.name or "training", total=total, completed=first, loss=float("nan"))
         reporter = _Reporter(config, writer, feed, progress)

@@ -8,13 +8,12 @@ from jax.sharding import Mesh
 
 from lwd_jax.autoencoders.kl import scale
 from lwd_jax.config import Config
-from lwd_jax.data.batches import STATE, make_batches
+from lwd_jax.data.batches import Batches, make_batches
 from lwd_jax.data.latents import Latents, check_autoencoder, check_text, open_latents
 from lwd_jax.errors import UserError
 from lwd_jax.objective.lpips import load_lpips
 from lwd_jax.parallel.mesh import make_mesh, process_part
 from lwd_jax.parallel.rules import param_shardings
-from lwd_jax.train.feed import Batches
 from lwd_jax.train.models import TRAINED, Opened, describe, open_autoencoder, open_trained
 from lwd_jax.train.program import Program, Stage, autoencoder_stage, backbone_stage, build_program
 from lwd_jax.weights.folder import fingerprint
@@ -28,7 +27,7 @@ class Setup(NamedTuple):
       opened: the model that is trained.
       autoencoder: stage 2, (module, parameters) that its latents decode with; None in stage 1.
       params: reads the parameters to start from onto the mesh; None = random ones.
-      batches: data position or None -> iterator.
+      batches: the training batches, at their beginning.
       description: the text of the workdir's model.json.
     """
 
@@ -80,16 +79,6 @@ def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
     return latents, (autoencoder.module, params)
 
 
-def _batches(config: Config, mesh: Mesh) -> Batches:
-    index, count = process_part(mesh)
-
-    def batches(position: dict | None):
-        start = position[STATE] if position else 0
-        return make_batches(config, process_index=index, process_count=count, start_index=start)
-
-    return batches
-
-
 def make_setup(config: Config, devices=None) -> Setup:
     """Opens and checks everything a run needs, before anything is written.
 
@@ -109,5 +98,7 @@ def make_setup(config: Config, devices=None) -> Setup:
     params = None
     if opened.params is not None:
         params = functools.partial(opened.params, functools.partial(param_shardings, mesh=mesh))
+    index, count = process_part(mesh)
+    batches = make_batches(config, process_index=index, process_count=count)
     description = describe(TRAINED[config.stage], opened, extra)
-    return Setup(mesh, program, opened, autoencoder, params, _batches(config, mesh), description)
+    return Setup(mesh, program, opened, autoencoder, params, batches, description)

@@ -30,7 +30,7 @@ def program():
 
 
 def train(workdir, config=CONFIG, batches=ToyBatches, **options):
-    return run(program(), batches, config, workdir, MESH, description="{}", **options)
+    return run(program(), batches and batches(), config, workdir, MESH, description="{}", **options)
 
 
 def with_training(**values):

@@ -73,8 +73,8 @@ def toy_batch(index: int, batch: int = 8) -> dict[str, np.ndarray]:
 class ToyBatches:
     """An endless iterator whose position is one number."""
 
-    def __init__(self, position: dict | None = None, make=toy_batch):
-        self.index, self._make = (position or {"index": 0})["index"], make
+    def __init__(self, make=toy_batch):
+        self.index, self._make = 0, make
 
     def __next__(self):
         self.index += 1
@@ -82,6 +82,9 @@ class ToyBatches:
 
     def state(self) -> dict:
         return {"index": self.index}
+
+    def restore(self, state: dict) -> None:
+        self.index = state["index"]
 
     def close(self) -> None:
         pass
