@@ -33,7 +33,7 @@ class Data:
     workers: int = 2  # processes that decode pictures; 0 = in this process
     flip: bool = True  # random horizontal flips (stage 1)
     buckets: bool = True  # keep aspect ratios: batches of one aspect bucket each; False = centre squares
-    held_out: int = 8  # pictures kept from training for previews and validation (the last ones of the dataset)
+    held_out: int = 8  # pictures kept from training for previews and validation: those of the largest hashes
 
 
 @dataclass(frozen=True)

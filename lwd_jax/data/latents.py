@@ -172,33 +172,31 @@ def encode_dataset(
     if plan.captions < 1 or plan.batch_size < 1:
         raise UserError("At least one caption of a picture, and one picture at a time, must be encoded.")
     out = Path(out)
-    if out.exists() and not (out / "pictures").is_dir() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
     bucket_of, table = buckets.assign(
         dataset.heights, dataset.widths, plan.resolution, plan.keep_aspect, plan.smallest_bucket
     )
     sizes = [table[bucket] for bucket in bucket_of]
     captions = [_texts(dataset[number].captions, plan.captions) for number in range(len(dataset))]
-    array_of = {rank: float_array(rank, plan.storage) for rank in (1, 2, 3)}
-    latent = {"mean": array_of[3], "std": array_of[3]}
-    states = {"caption": tfds.features.Text(), "tokens": array_of[2], "mask": array_of[1], "pooled": array_of[1]}
-    text_store = Store(out / "text", "text", states, plan.save_seconds)
-    store = Store(out / "pictures", "latents", latent, plan.save_seconds)
+    store, text_store = _open_stores(out, plan)
     distinct = ["", *(caption for each in captions for caption in each)]
     texts_made, texts_kept = _encode_texts(text_store, distinct, text, plan.storage, on_progress)
     keys, made, rejects = _encode_pictures(store, dataset, sizes, encoder, plan, on_progress)
     live = [number for number, key in enumerate(keys) if key in store.keys]
     if not live:
-        raise UserError(
-            f"None of the {len(dataset)} pictures can be read; the first, {rejects[0][0]}: {rejects[0][1]}."
-        )
+        name, reason = rejects[0]
+        raise UserError(f"None of the {len(dataset)} pictures can be read; the first, {name}: {reason}.")
+
+    def places(texts) -> np.ndarray:
+        found = [text_store.keys[text_key(caption, text.fingerprint, plan.storage)] for caption in texts]
+        return np.array(found, np.int64)
+
     index = {
         "latents": np.array([store.keys[keys[number]] for number in live], np.int64),
         "sizes": np.array([sizes[number] for number in live], np.int64),
         "sha256": dataset.sha256[live],
         "first_text": np.cumsum([0] + [len(captions[number]) for number in live]),
-        "texts": np.array([_place(text_store, c, text, plan) for number in live for c in captions[number]], np.int64),
-        "null_text": np.array(_place(text_store, "", text, plan), np.int64),
+        "texts": places(caption for number in live for caption in captions[number]),
+        "null_text": places([""])[0],
     }
     _finish(out, index, _describe(encoder, text, plan, index, rejects))
     store.prune(index["latents"][:, 0])
@@ -206,12 +204,19 @@ def encode_dataset(
     return Outcome(made, len(live) - made, texts_made, texts_kept, rejects)
 
 
+def _open_stores(out: Path, plan: Plan) -> tuple[Store, Store]:
+    """The stores of latents and of text states in `out`, empty or as an earlier run left them."""
+    if out.exists() and not (out / "pictures").is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
+    array_of = {rank: float_array(rank, plan.storage) for rank in (1, 2, 3)}
+    latent = {"mean": array_of[3], "std": array_of[3]}
+    states = {"caption": tfds.features.Text(), "tokens": array_of[2], "mask": array_of[1], "pooled": array_of[1]}
+    text_store = Store(out / "text", "text", states, plan.save_seconds)
+    return Store(out / "pictures", "latents", latent, plan.save_seconds), text_store
+
+
 def _texts(captions: tuple[str, ...], count: int) -> tuple[str, ...]:
     return captions[:count] or ("",)  # a picture without a caption trains as unconditional
-
-
-def _place(store: Store, caption: str, text: TextEncoder, plan: Plan) -> tuple[int, int]:
-    return store.keys[text_key(caption, text.fingerprint, plan.storage)]
 
 
 def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, rejects: list) -> dict:

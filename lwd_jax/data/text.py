@@ -141,6 +141,27 @@ def _t5_width(folder: Path) -> int:
     return json.loads(config.read_text())["joint_attention_dim"] if config.is_file() else SD3_WIDTH
 
 
+def _sd3_states(captions: list[str], clips, t5, clip_length: int, max_length: int, width: int) -> States:
+    """`clips`, `t5`: (model, tokenizer) each; t5 may be None."""
+
+    def ids(model, tokenizer, length):
+        padded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return padded.input_ids.to(model.device)
+
+    tokens = np.zeros((len(captions), clip_length + max_length, width), np.float32)
+    pooled, start = [], 0
+    for model, tokenizer in clips:
+        result = model(ids(model, tokenizer, clip_length), output_hidden_states=True)
+        states = result.hidden_states[-2].float().cpu().numpy()
+        tokens[:, :clip_length, start : start + states.shape[-1]] = states
+        start += states.shape[-1]
+        pooled.append(result.text_embeds.float().cpu().numpy())
+    if t5:
+        model, tokenizer = t5
+        tokens[:, clip_length:] = model(ids(model, tokenizer, max_length))[0].float().cpu().numpy()
+    return States(tokens, np.ones(tokens.shape[:2], np.float32), np.concatenate(pooled, axis=-1))
+
+
 def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> TextEncoder:
     """SD3's three text encoders (arXiv 2403.03206, section 4 and appendix B.2), through transformers.
 
@@ -191,25 +212,9 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
         raise UserError(f"In '{folder}' the CLIP states are {clip_width} wide together, which exceeds T5's {width}.")
     settings = {"max_length": max_length, "dtype": dtype}
 
-    def ids(tokenizer, captions, length):
-        return tokenizer(
-            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-
     @torch.inference_mode()
     def encode(captions: list[str]) -> States:
-        tokens = np.zeros((len(captions), clip_length + max_length, width), np.float32)
-        vectors, start = [], 0
-        for model, tokenizer in clips:
-            result = model(ids(tokenizer, captions, clip_length).to(device), output_hidden_states=True)
-            states = result.hidden_states[-2].float().cpu().numpy()
-            tokens[:, :clip_length, start : start + states.shape[-1]] = states
-            start += states.shape[-1]
-            vectors.append(result.text_embeds.float().cpu().numpy())
-        if t5:
-            model, tokenizer = t5
-            tokens[:, clip_length:] = model(ids(tokenizer, captions, max_length).to(device))[0].float().cpu().numpy()
-        return States(tokens, np.ones(tokens.shape[:2], np.float32), np.concatenate(vectors, axis=-1))
+        return _sd3_states(captions, clips, t5, clip_length, max_length, width)
 
     return TextEncoder(
         kind="sd3",

@@ -1,4 +1,4 @@
-"""Laws of the batches: the same stream for any workers, hosts and restarts; every picture seen; bad pictures replaced."""
+"""Laws of the batches: one stream for any workers, hosts and restarts; every picture seen; bad pictures replaced."""
 
 import dataclasses
 import hashlib

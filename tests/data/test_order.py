@@ -45,6 +45,22 @@ def test_seeds_and_epochs_shuffle_differently():
     assert len({tuple(o) for o in orders}) == 4 and all(sorted(o) == list(range(50)) for o in orders)
 
 
+def test_every_epoch_shuffles_batches_and_members_anew():
+    whole = Order(np.zeros(40), 40, 0)  # one batch: the order within it
+    assert len({tuple(whole.record(40 * epoch + i) for i in range(40)) for epoch in range(5)}) == 5
+    single = Order(np.arange(40), 1, 0)  # forty buckets of one: the order of the batches
+    assert len({tuple(single.record(40 * epoch + i) for i in range(40)) for epoch in range(5)}) == 5
+
+
+def test_the_last_batch_is_filled_from_another_shuffle():
+    streams = [[order.record(i) for i in range(80)] for order in (Order(np.zeros(41), 40, seed) for seed in range(5))]
+    filled = 0
+    for stream in streams:
+        full, rest = (stream[:40], stream[40:]) if len(set(stream[:40])) == 40 else (stream[40:], stream[:40])
+        filled += rest[1:] != full[:39] and rest[:39] != full[:39]
+    assert filled == 5
+
+
 def test_permutations_are_uniform():
     first = np.bincount([permutation(6, seed)[0] for seed in range(6000)], minlength=6)
     assert abs(first - 1000).max() < 150  # five standard deviations
