@@ -1,9 +1,11 @@
-"""What a run shows of itself while it trains: pictures in workdir/previews and scalar metrics, with fixed seeds.
+"""What a run shows of itself while it trains: pictures in `workdir/previews/` with fixed seeds, and held-out figures.
 
 Stage 1: reconstructions of held-out pictures, at full size and from the pooled latent, and the latent spectrum. Stage 2:
-samples from the same noise each time; once, the saliency of held-out pictures and what is supervised over time.
+samples from the same noise each time, the loss on held-out pictures; once, their saliency and what is supervised over time.
+The training loop calls `previews(step, params)` on every process; process 0 writes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,34 +13,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from lwd_jax.autoencoders.kl import scale
-from lwd_jax.config import Config
+from lwd_jax.autoencoders import kl
+from lwd_jax.config import Config, Matching
 from lwd_jax.data.batches import held_out, held_out_captions
 from lwd_jax.data.latents import open_latents
-from lwd_jax.data.text import open_text_encoder
-from lwd_jax.errors import UserError
+from lwd_jax.errors import choose
 from lwd_jax.evaluate.fidelity import psnr, ssim
-from lwd_jax.evaluate.spectrum import block_mean, high_frequency_share, latent_spectrum, rgb_reference
+from lwd_jax.evaluate.spectrum import Spectrum, block_mean, high_frequency_share, latent_spectrum, rgb_reference
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.objective.masks import supervision_mask
+from lwd_jax.objective.matching import matching_loss
 from lwd_jax.objective.reconstruction import pool
 from lwd_jax.objective.saliency import SALIENCIES
+from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import figures
-from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler, to_uint8
+from lwd_jax.report.pipeline import WorkdirModels, text_encoder
+from lwd_jax.sample.generate import decode_in_chunks, generate, initial_noise, make_decoder, to_uint8
 from lwd_jax.sample.schedule import sigmas
+from lwd_jax.train.setup import Setup
 
-SHOWN = 4  # pictures per preview
-TIMES = (0.35, 0.5, 0.7, 0.9)  # at which the mask is shown
 FOLDER = "previews"
+MASKS = "saliency_and_mask.png"
+SHOWN = 4  # pictures in a preview
+TIMES = (0.35, 0.5, 0.7, 0.9)  # of the masks that are shown
+HELD_OUT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the held-out loss
+BLOCK = 8  # of the spectrum; smaller where the latents are
 
-
-def _on_host(tree: Any) -> Any:
-    """Whole numpy arrays, on every host."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.asarray, tree)
+Previews = Callable[[int, Any], dict]
 
 
 def _write(workdir: Path, name: str, png: bytes) -> None:
@@ -47,125 +49,219 @@ def _write(workdir: Path, name: str, png: bytes) -> None:
         (workdir / FOLDER / name).write_bytes(png)
 
 
-def autoencoder_previews(config: Config, module, workdir: Path) -> Callable[[int, Any], dict]:
-    """Stage 1. See `make_previews`."""
-    pictures = held_out(config)["picture"][:SHOWN]
-    pooling = max(config.reconstruction.scales)
-    factor = module.config.factor
+def short(caption: str, limit: int = 40) -> str:
+    """A caption that fits under a picture."""
+    return caption if len(caption) <= limit else f"{caption[: limit - 1].rstrip()}…"
 
-    @jax.jit
-    def reconstruct(params, picture):
-        x = picture.astype(jnp.float32) / 127.5 - 1
-        z = module.apply({"params": params}, x, method="encode").mean
-        whole = module.apply({"params": params}, z, method="decode")
-        return z, to_uint8(whole), to_uint8(module.apply({"params": params}, pool(z, pooling), method="decode"))
 
-    smaller = np.round(block_mean(pictures.astype(np.float32), pooling)).astype(np.uint8)
+# ------------------------------------------------------------------------------------------------------- stage 1
+
+
+def make_reconstruct(module, scales: tuple[int, ...], out_shardings=None) -> Callable:
+    """`f(params, pictures uint8 [B H W 3])`, one picture at a time, on the host, of what an autoencoder makes of pictures:
+    `picture` uint8 [B H W 3], D(mean); `mean` [B h w C], in use; `pooled`, s -> uint8 [B H/s W/s 3], D(pool_s(mean)).
+
+    Args:
+      module: the autoencoder.
+      scales: the s.
+      out_shardings: where results go; None = where the compiler leaves them.
+    """
+
+    def one(params, pictures):
+        x = pictures.astype(jnp.float32) / 127.5 - 1
+        mean = module.apply({"params": params}, x, method="encode").mean
+
+        def decode(z):
+            return to_uint8(module.apply({"params": params}, z, method="decode"))
+
+        pooled = {scale: decode(pool(mean, scale)) for scale in scales}
+        return {"picture": decode(mean), "mean": kl.scale(module.config, mean), "pooled": pooled}
+
+    jitted = jax.jit(one, out_shardings=out_shardings)
+
+    def reconstruct(params, pictures: np.ndarray) -> dict:
+        parts = [jax.device_get(jitted(params, pictures[i : i + 1])) for i in range(len(pictures))]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    return reconstruct
+
+
+def scale_error(pictures: np.ndarray, pooled: dict[int, np.ndarray]) -> dict[int, float]:
+    """Mean squared error of D(pool_s(z)) against pool_s(x), as of pictures in [-1, 1], for each s.
+
+    Args:
+      pictures: uint8 [B H W 3].
+      pooled: s -> uint8 [B H/s W/s 3].
+    """
+    return {
+        scale: float(np.mean(((block_mean(pictures, scale) - decoded) / 127.5) ** 2)) for scale, decoded in pooled.items()
+    }
+
+
+def spectra(pictures: np.ndarray, latents: dict[str, np.ndarray], factor: int) -> dict[str, Spectrum]:
+    """Name -> spectrum, of sets of latents [B h w C] in use and of the pictures, uint8 [B H W 3], pooled by `factor`."""
+    block = min(BLOCK, *(side for z in latents.values() for side in z.shape[1:3]))
+    x = pictures.astype(np.float32) / 127.5 - 1
+    reference = {f"RGB pooled by {factor}": rgb_reference(x, factor, block)}
+    return reference | {name: latent_spectrum(z, block) for name, z in latents.items()}
+
+
+def stage1_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
+    """Pictures of reconstructions and spectrum; PSNR, SSIM, scale error and high-frequency share of all held-out pictures."""
+    pictures = held_out(config)["picture"]
+    scales, factor = config.reconstruction.scales, setup.opened.module.config.factor
+    reconstruct = make_reconstruct(setup.opened.module, scales, replicated(setup.mesh))
 
     def previews(step: int, params: Any) -> dict:
-        parts = [_on_host(reconstruct(params, picture[None])) for picture in pictures]
-        z, whole, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
-        quality, likeness, consistency = psnr(pictures, whole), ssim(pictures, whole), psnr(smaller, pooled)
-        rows = {
-            "photograph": pictures,
-            "D(E(x))": whole,
-            f"x pooled by {pooling}": smaller,
-            f"D(E(x) pooled by {pooling})": pooled,
-        }
-        blank = [""] * len(pictures)
-        notes = [blank, [f"{value:.1f} dB" for value in quality], blank, [f"{value:.1f} dB" for value in consistency]]
-        title = f"Held-out photographs and their reconstructions, step {step}"
+        made = reconstruct(params, pictures)
+        fidelity, similarity = psnr(pictures, made["picture"]), ssim(pictures, made["picture"])
+        rows = {"photograph": pictures[:SHOWN], "D(E(x))": made["picture"][:SHOWN]}
+        rows |= {f"D(E(x) pooled by {scale})": made["pooled"][scale][:SHOWN] for scale in scales}
+        blank = [""] * len(rows["photograph"])
+        notes = [blank, [f"{p:.1f} dB, SSIM {s:.2f}" for p, s in zip(fidelity[:SHOWN], similarity)]]
+        notes += [blank] * len(scales)
+        title = f"Held-out photographs and their reconstructions at step {step}"
         _write(workdir, f"step_{step:06d}_reconstructions.png", figures.picture_rows(rows, title, notes))
-        spectra = {"latent": latent_spectrum(z), f"RGB pooled by {factor}": rgb_reference(pictures, factor)}
-        _write(workdir, f"step_{step:06d}_spectrum.png", figures.latent_spectrum(spectra, f"Latent spectrum, step {step}"))
+        drawn = spectra(pictures, {"latent": made["mean"]}, factor)
+        png = figures.latent_spectrum(drawn, f"Latent spectrum at step {step}")
+        _write(workdir, f"step_{step:06d}_spectrum.png", png)
+        errors = scale_error(pictures, made["pooled"])
         return {
-            "psnr": quality.mean(),
-            "ssim": likeness.mean(),
-            "psnr_pooled": consistency.mean(),
-            "latent_high_frequency_share": high_frequency_share(z).mean(),
+            "psnr": fidelity.mean(),
+            "ssim": similarity.mean(),
+            "latent_high_frequency_share": high_frequency_share(made["mean"]).mean(),
+            **{f"scale_error_{scale}": error for scale, error in errors.items()},
         }
 
     return previews
 
 
-def _conditioning(config: Config, batch: dict) -> tuple[Conditioning, Conditioning | None, list[str]]:
-    """(cond, null cond, captions) of the samples: config.training.preview_prompts, or the held-out captions."""
-    latents, prompts = open_latents(config.data.latents), list(config.training.preview_prompts)
-    if prompts:
-        text = latents.metadata["text"]
-        encoder = open_text_encoder(text, Path(config.models.backbone) if config.models.backbone else None)
-        if encoder.fingerprint != text["fingerprint"]:
-            raise UserError(
-                "training.preview_prompts cannot be encoded: the text encoders in models.backbone are not those of the latents."
-            )
-        cond = Conditioning(*encoder.encode(prompts))
-    else:
-        prompts = held_out_captions(config)[: len(batch["tokens"])]
-        cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
+# ------------------------------------------------------------------------------------------------------- stage 2
+
+
+def _conditioning(config: Config, batch: dict, workdir: Path) -> tuple[Conditioning, Conditioning | None, list[str]]:
+    """(cond [N ..], null [1 ..] or None, captions) of what is sampled: the config's prompts, or held-out captions."""
     null = None
     if config.sampling.guidance > 1:
-        null = Conditioning(*(np.repeat(part[None], len(prompts), axis=0) for part in latents.null_text))
-    return cond, null, prompts
+        null = Conditioning(*(part[None] for part in open_latents(config.data.latents).null_text))
+    if config.training.preview_prompts:
+        prompts = list(config.training.preview_prompts)
+        return Conditioning(*text_encoder(WorkdirModels(workdir, config)).encode(prompts)), null, prompts
+    cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
+    return cond, null, held_out_captions(config)[: len(batch["tokens"])]
 
 
-def _show_masks(config: Config, z0: np.ndarray, pictures: np.ndarray, workdir: Path) -> None:
-    """Saliency and mask of held-out pictures; they do not depend on the backbone, so once is enough."""
-    matching = config.matching
-    saliency = SALIENCIES[matching.saliency](z0, matching.wavelet, matching.levels)
+def make_sample(config: Config, module, out_shardings=None) -> Callable:
+    """`f(params, noise [B h w C], cond, null) -> z0`, with the config's sampling settings, one picture at a time."""
+    sampling = config.sampling
+    levels = sigmas(sampling.steps, sampling.shift)
+
+    def one(params, noise, cond, null):
+        def predict(z_t, t, cond):
+            return module.apply({"params": params}, z_t, t, cond)
+
+        return generate(predict, noise, cond, null, sampling.guidance, levels, sampling.solver)
+
+    jitted = jax.jit(one, out_shardings=out_shardings)
+
+    def sample(params, noise, cond, null) -> np.ndarray:
+        rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (noise, cond)) for i in range(len(noise))]
+        return np.concatenate([jax.device_get(jitted(params, *row, null)) for row in rows])
+
+    return sample
+
+
+def make_held_out_loss(config: Config, module, scale: Callable, out_shardings=None) -> Callable:
+    """`f(params, batch) -> {"loss", "loss_detail", "loss_smooth"}`: the unmasked loss of held-out pictures.
+
+    The times are HELD_OUT_TIMES and the noise hangs on the config's seed alone, so that the steps of a run, and runs
+    with different masks, can be compared.
+
+    Args:
+      module: the backbone.
+      scale: unscaled latent -> latent in use.
+      out_shardings: where results go.
+    """
+    plain = dataclasses.replace(config.matching, mask="everywhere", weighting="none", normalise="all")
+
+    def one(params, example, t, key):
+        def predict(z_t, t, cond):
+            return module.apply({"params": params}, z_t, t, cond)
+
+        z0 = scale(example["mean"])
+        cond = Conditioning(example["tokens"], example["token_mask"], example["pooled"])
+        _, metrics = matching_loss(predict, z0, cond, t, jax.random.normal(key, z0.shape), plain)
+        return {name: metrics[name] for name in ("loss", "loss_detail", "loss_smooth")}
+
+    jitted = jax.jit(one, out_shardings=out_shardings)
+
+    def loss(params, batch: dict) -> dict[str, float]:
+        found = []
+        for number in range(len(batch["mean"])):
+            example = {name: value[number : number + 1] for name, value in batch.items()}
+            for index, t in enumerate(HELD_OUT_TIMES):
+                key = jax.random.fold_in(jax.random.key(config.seed), number * len(HELD_OUT_TIMES) + index)
+                found.append(jax.device_get(jitted(params, example, np.full(1, t, np.float32), key)))
+        return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+
+    return loss
+
+
+def masks_over_time(z: np.ndarray, matching: Matching, times) -> tuple[np.ndarray, np.ndarray]:
+    """Saliency [B h w] of clean latents [B h w C] in use, and masks [B T h w] that a config makes of it at the times [T]."""
+    saliency = choose(SALIENCIES, matching.saliency, "saliency")(jnp.asarray(z), matching.wavelet, matching.levels)
     masks = [
-        supervision_mask(saliency, jnp.full(len(z0), t), matching.floor, matching.mask, matching.softness) for t in TIMES
+        supervision_mask(saliency, jnp.full(len(z), t), matching.floor, matching.mask, matching.softness) for t in times
     ]
-    png = figures.saliency_and_masks(
-        list(pictures),
-        [np.asarray(map_[..., 0]) for map_ in saliency],
-        [np.stack([np.asarray(mask[i, ..., 0]) for mask in masks]) for i in range(len(z0))],
-        TIMES,
-        f"What the mask '{matching.mask}' (floor {matching.floor:g}) supervises at noise level t",
-    )
-    _write(workdir, "saliency_and_mask.png", png)
+    return np.asarray(saliency)[..., 0], np.stack([np.asarray(mask)[..., 0] for mask in masks], axis=1)
 
 
-def backbone_previews(config: Config, module, autoencoder: tuple, workdir: Path) -> Callable[[int, Any], dict]:
-    """Stage 2. See `make_previews`."""
+def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
+    """Pictures of samples and, once, of masks; the loss on held-out pictures, and the samples' high-frequency share."""
+    decoder, weights = setup.autoencoder
+    module, everywhere = setup.opened.module, replicated(setup.mesh)
     batch = {name: part[:SHOWN] for name, part in held_out(config).items()}
-    cond, null, prompts = _conditioning(config, batch)
-    decoder, weights = autoencoder
-    decode, sampler = make_decoder(decoder), make_sampler(module, config.sampling.solver)
-    z0 = np.asarray(scale(decoder.config, batch["mean"]))
-    noise = initial_noise(config.seed, np.arange(len(prompts)), z0.shape[1:])
-    levels = sigmas(config.sampling.steps, config.sampling.shift)
+    cond, null, prompts = _conditioning(config, batch, workdir)
+    noise = np.asarray(initial_noise(config.seed, np.arange(len(prompts)), batch["mean"].shape[1:]))
+    decode, sample = make_decoder(decoder), make_sample(config, module, everywhere)
+
+    def scale(mean):
+        return kl.scale(decoder.config, mean)
+
+    held_out_loss = make_held_out_loss(config, module, scale, everywhere)
+
+    def show_masks() -> None:
+        z = np.asarray(scale(batch["mean"]))
+        saliency, masks = masks_over_time(z, config.matching, TIMES)
+        title = f"What the mask '{config.matching.mask}' supervises at noise level t (decoded held-out latents)"
+        pictures = decode_in_chunks(decode, weights, z)
+        _write(workdir, MASKS, figures.saliency_and_masks(pictures, saliency, masks, TIMES, title))
 
     def previews(step: int, params: Any) -> dict:
-        if not (workdir / FOLDER / "saliency_and_mask.png").is_file():
-            _show_masks(config, z0, decode_in_chunks(decode, weights, z0), workdir)
-        sampled = _on_host(sampler(params, noise, cond, null, config.sampling.guidance, levels))
-        pictures = decode_in_chunks(decode, weights, sampled)
-        notes = [[prompt if len(prompt) <= 40 else f"{prompt[:37]}..." for prompt in prompts]]
-        png = figures.picture_rows({"samples": pictures}, f"Samples, step {step}", notes)
+        if jax.process_index() == 0 and not (workdir / FOLDER / MASKS).is_file():
+            show_masks()
+        pictures = decode_in_chunks(decode, weights, sample(params, noise, cond, null))
+        notes = [[short(prompt) for prompt in prompts]]
+        png = figures.picture_rows({"samples": pictures}, f"Samples at step {step}, from fixed noise", notes)
         _write(workdir, f"step_{step:06d}_samples.png", png)
-        return {
-            "sample_high_frequency_share": high_frequency_share(pictures).mean(),
-            "latent_high_frequency_share": high_frequency_share(sampled).mean(),
-            "sample_latent_std": sampled.std(),
-        }
+        share = high_frequency_share(pictures).mean()
+        return held_out_loss(params, batch) | {"sample_high_frequency_share": share}
 
     return previews
 
 
-def make_previews(config: Config, setup, workdir: Path) -> Callable[[int, Any], dict]:
+def make_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
     """The previews of a run, for the loop.
 
     Args:
       config: of the run.
-      setup: `train.setup.Setup` of the same config: the module that is trained and, in stage 2, the autoencoder.
+      setup: `train.setup.Setup` of the same config.
       workdir: pictures go to its folder `previews`.
 
     Returns:
       (step, parameters for evaluation) -> scalar metrics.
 
     Raises:
-      UserError: no picture is held out; preview_prompts that cannot be encoded.
+      UserError: no picture is held out; a text encoder for `training.preview_prompts` cannot be opened.
     """
-    if config.stage == 1:
-        return autoencoder_previews(config, setup.opened.module, workdir)
-    return backbone_previews(config, setup.opened.module, setup.autoencoder, workdir)
+    return {1: stage1_previews, 2: stage2_previews}[config.stage](config, setup, workdir)
