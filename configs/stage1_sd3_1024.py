@@ -1,7 +1,7 @@
 """Stage 1: scale-consistent fine-tuning of the SD3 autoencoder at 1024 px.
 
 Slice: v5e:2x4 (8 chips), 1 picture a chip; whole parameters on every chip, the batch over `data`.
-HBM per chip: state 1.4 GB by formula (83,819,683 parameters x 16 bytes: weights, two moments, average), and the
+HBM per chip: state 1.3 GB by formula (83,819,683 parameters x 16 bytes: weights, two moments, average), and the
 activations of 1 picture at 1024 px under full remat. Needs the extra [lpips].
 
 lwd train --config=configs/stage1_sd3_1024.py --workdir=runs/stage1_sd3_1024 \
