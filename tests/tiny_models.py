@@ -62,21 +62,15 @@ def write_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_latents(folder: Path) -> Path:
-    """As much of a folder of latents as says what encoded the captions."""
-    folder.mkdir(parents=True)
-    (folder / "metadata.json").write_text(json.dumps({"text": hashed_words(None, **TEXT).describe()}))
-    return folder
-
-
-def write_workdir(folder: Path, stage: int, seed: int = 0, step: int = 7, **fields) -> Path:
-    """A run that has ended: plain weights of `seed`, averaged weights of `seed + 100`."""
+def write_workdir(folder: Path, stage: int, seed: int = 0, step: int = 7, text: bool = False, **fields) -> Path:
+    """A run that has ended: plain weights of `seed`, averaged weights of `seed + 100`; `text`: trained on hashed words."""
     kind, model, sizes = (AUTOENCODER, kl.AUTOENCODER, KL) if stage == 1 else (BACKBONE, sd3.BACKBONE, SD3)
     config = load_config({"stage": stage, "name": f"run {seed}", "resolution": 64, **fields})
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(to_json(config))
     module = model.build(sizes)
-    (folder / "model.json").write_text(describe(kind, Opened(model, module, None), {}))
+    extra = {"text": hashed_words(None, **TEXT).describe()} if text else {}
+    (folder / "model.json").write_text(describe(kind, Opened(model, module, None), extra))
     average = random_params(model, sizes, seed + 100) if config.training.ema else {}
     zero = jnp.zeros((), jnp.int32)
     state = State(jnp.asarray(step, jnp.int32), random_params(model, sizes, seed), {}, average, zero, zero)

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Config, Sampling
-from lwd_jax.data.latents import METADATA
 from lwd_jax.data.text import TextEncoder, open_text_encoder
 from lwd_jax.errors import UserError
 from lwd_jax.train.checkpoint import is_workdir, read_params
 from lwd_jax.train.checkpoint import read_config as read_run
-from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model
+from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model, read_description
 from lwd_jax.train.optimizer import SCHEDULE_FREE
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import read_config
@@ -201,9 +200,9 @@ class WorkdirModels:
 
     def text(self) -> dict:
         """What encoded the captions that the run was trained on; as FolderModels.text."""
-        metadata = Path(self.config.data.latents) / METADATA
-        if self.config.data.latents and metadata.is_file():
-            return _read_json(metadata)["text"]
+        described = read_description(self.path)
+        if "text" in described:
+            return described["text"]
         base = self.base()
         return base.text() if base else {}
 

@@ -107,7 +107,9 @@ def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:
 
     def params(shardings=None):
         found = read_params(path, ema, shardings=shardings)[0]
-        return jax.tree.map(lambda leaf: leaf.astype(module.param_dtype), found)
+        # To the dtypes of the model, which are not all param_dtype: the position table stays float32.
+        wanted = abstract_params(model, module.config, module.param_dtype)
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
 
     return Opened(model, module, params)
 

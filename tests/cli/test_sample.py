@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from tiny_models import write_latents, write_pipeline, write_workdir
+from tiny_models import write_pipeline, write_workdir
 
 from lwd_jax.cli import main
 from lwd_jax.sample.generate import initial_noise
@@ -17,11 +17,8 @@ def run(tmp_path_factory):
     """The workdir of stage 2, beside the folder it started from."""
     place = tmp_path_factory.mktemp("runs")
     folder = str(write_pipeline(place / "sd3"))
-    latents = str(write_latents(place / "latents"))
     models = {"autoencoder": folder, "backbone": folder}
-    return write_workdir(
-        place / "run", 2, seed=20, models=models, data={"latents": latents}, sampling={"steps": 3, "guidance": 3.0}
-    )
+    return write_workdir(place / "run", 2, seed=20, text=True, models=models, sampling={"steps": 3, "guidance": 3.0})
 
 
 def sample(*arguments):
@@ -36,7 +33,7 @@ def test_pictures_carry_what_made_them(run, tmp_path, capsys):
     assert sample("--models", run, *options, "--count", 2, "--batch", 2, "--shift", 1.5, "--out", out) == 0
     index = json.loads((out / "samples.json").read_text())
     assert [entry["prompt"] for entry in index["samples"]] == ["a cat", "a cat", "eine Straße", "eine Straße"]
-    expected = {"steps": 2, "guidance": 3.0, "shift": 1.5, "solver": "euler", "dtype": "float32"}
+    expected = {"steps": 3, "guidance": 3.0, "shift": 1.5, "solver": "euler", "dtype": "float32"}
     assert index["settings"] == expected and index["models"]["weights"] == "ema"
     assert sorted(path.name for path in out.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "samples.json"]
     for number, entry in enumerate(index["samples"]):

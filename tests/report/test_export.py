@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
-from tiny_models import KL, SD3, random_params, write_latents, write_pipeline, write_workdir
+from tiny_models import KL, SD3, random_params, write_pipeline, write_workdir
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.backbones import sd3
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
         2,
         seed=20,
         models={"autoencoder": str(first), "backbone": str(folder)},
-        data={"latents": str(write_latents(place / "latents"))},
+        text=True,
         sampling={"steps": 3, "guidance": 3.0, "shift": 2.0},
     )
     return first, second

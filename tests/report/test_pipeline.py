@@ -4,9 +4,10 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import KL, SD3, TEXT, autoencoder, backbone, random_params, write_latents, write_pipeline, write_workdir
+from tiny_models import KL, SD3, TEXT, autoencoder, backbone, random_params, write_pipeline, write_workdir
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.backbones import sd3
@@ -15,6 +16,7 @@ from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.report.pipeline import open_models, text_encoder
 from lwd_jax.report.samples import Request, encode_prompts, sample_pictures
+from lwd_jax.weights.table import flat
 
 
 def same(first, second) -> bool:
@@ -33,9 +35,8 @@ def runs(tmp_path_factory, folder):
     """Stage 1 from the folder, stage 2 on its latents: (stage 1, stage 2)."""
     place = tmp_path_factory.mktemp("runs")
     first = write_workdir(place / "stage1", 1, seed=10, models={"autoencoder": str(folder)})
-    latents = write_latents(place / "latents")
     models = {"autoencoder": str(first), "backbone": str(folder)}
-    return first, write_workdir(place / "stage2", 2, seed=20, models=models, data={"latents": str(latents)})
+    return first, write_workdir(place / "stage2", 2, seed=20, text=True, models=models)
 
 
 def test_a_folder_gives_its_models_and_its_shift(folder):
@@ -108,14 +109,14 @@ def test_a_scheduler_that_is_not_reproduced_is_refused(folder, tmp_path, setting
 def test_another_text_encoder_is_refused(runs):
     models = open_models(runs[1])
     assert text_encoder(models).settings == TEXT
-    metadata = models.path.parent / "latents" / "metadata.json"
-    before = metadata.read_text()
-    metadata.write_text(before.replace(json.loads(before)["text"]["fingerprint"][:8], "00000000"))
+    description = models.path / "model.json"
+    before = description.read_text()
+    description.write_text(before.replace(json.loads(before)["text"]["fingerprint"][:8], "00000000"))
     try:
         with pytest.raises(UserError, match="00000000"):
             text_encoder(models)
     finally:
-        metadata.write_text(before)
+        description.write_text(before)
 
 
 def test_no_text_encoder_is_named(folder):
@@ -196,3 +197,10 @@ def test_batches_do_not_change_the_pictures(runs):
     assert np.abs(one.astype(int) - pictures(2)).max() <= 1  # the order of additions may differ with the batch
     assert np.abs(one[:1].astype(int) - pictures(1, ("a red boat",))).max() == 0
     assert len({picture.tobytes() for picture in one}) == 3
+
+
+def test_in_half_precision_the_position_table_stays_float32(runs, folder):
+    for source in (runs[1], folder):
+        params = open_models(source).backbone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)[1]
+        kinds = {path: leaf.dtype for path, leaf in flat(params).items()}
+        assert kinds.pop("position/table") == jnp.float32 and set(kinds.values()) == {jnp.dtype(jnp.bfloat16)}
