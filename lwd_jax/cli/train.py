@@ -10,6 +10,7 @@ import jax
 
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
+from lwd_jax.report.previews import make_previews
 from lwd_jax.train.loop import Outcome
 from lwd_jax.train.loop import run as loop
 from lwd_jax.train.setup import make_setup
@@ -32,11 +33,7 @@ def train(config: Config, workdir: str | Path) -> Outcome:
       UserError: whatever is missing or does not fit, and which.
     """
     setup = make_setup(config)
-    previews = None
-    if config.training.preview_every:
-        from lwd_jax.report.previews import make_previews  # with its figure libraries, only where they are wanted
-
-        previews = make_previews(config, setup, Path(workdir))
+    previews = make_previews(config, setup, Path(workdir)) if config.training.preview_every else None
     return loop(
         setup.program,
         setup.batches,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
@@ -239,6 +240,8 @@ class Checkpoints:
             aside.mkdir(exist_ok=True)
             number = sum(1 for _ in aside.glob(f"{step}*"))
             (self.folder / str(step)).rename(aside / f"{step}.{number}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoint put aside")
         self._open()
 
     def _restore(self, step: int, abstract: State, config: configs.Config) -> Restored:

@@ -112,11 +112,26 @@ def _progress() -> Progress:
     )  # fmt: skip
 
 
-def _profile(step: int, config: Config, workdir: Path) -> None:
-    if step == config.training.profile_start:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    if step == config.training.profile_stop:
-        jax.profiler.stop_trace()
+class _Profiler:
+    """A trace of the steps profile_start .. profile_stop - 1 into workdir/profile; what is open is closed with the run."""
+
+    def __init__(self, config: Config, workdir: Path):
+        self._start, self._stop = config.training.profile_start, config.training.profile_stop
+        self._folder, self._open = workdir / "profile", False
+        if self._start >= 0 and self._stop <= self._start:
+            raise UserError(f"training.profile_stop {self._stop} must come after training.profile_start {self._start}.")
+
+    def before(self, step: int) -> None:
+        if step == self._start:
+            jax.profiler.start_trace(str(self._folder))
+            self._open = True
+        if step == self._stop:
+            self.close()
+
+    def close(self) -> None:
+        if self._open:
+            jax.profiler.stop_trace()
+            self._open = False
 
 
 def _previewed(previews: Previews, step: int, state: State) -> tuple[dict, float]:
@@ -157,6 +172,8 @@ def run(
         # Begin, or resume
         stop = closing.enter_context(Stop())
         workdir = Path(workdir)
+        profiler = _Profiler(config, workdir)
+        closing.callback(profiler.close)
         workdir.mkdir(parents=True, exist_ok=True)
         training, total = config.training, config.training.steps
         checkpoints = Checkpoints(workdir, training.keep)
@@ -184,7 +201,7 @@ def run(
 
         for step in range(first + 1, total + 1):
             # Train
-            _profile(step, config, workdir)
+            profiler.before(step)
             batch, position = next(feed)
             state, metrics = program.step(state, batch, key)
             reporter.took(step, metrics)

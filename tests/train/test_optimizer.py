@@ -15,7 +15,7 @@ from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train.optimizer import OPTIMIZERS, decays, learning_rate, make_optimizer
 from lwd_jax.train.state import new_state, state_shardings
 
-RATES = {"adamw": 0.1, "adafactor": 0.1, "lion": 0.02, "prodigy": 1.0, "muon": 0.1, "schedule_free_adamw": 0.2}
+RATES = {"adamw": 0.1, "adafactor": 0.1, "lion": 0.05, "prodigy": 1.0, "muon": 0.1, "schedule_free_adamw": 0.2}
 
 
 def settings(name, **values):

@@ -1,0 +1,184 @@
+"""`lwd train`: killed at any moment it resumes to the uninterrupted run; mistakes are one sentence and exit code 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import KL, TEXT, autoencoder, backbone
+
+from lwd_jax.autoencoders import save_autoencoder
+from lwd_jax.backbones import save_backbone
+from lwd_jax.cli import main
+from lwd_jax.cli.encode import make_encoder
+from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
+from lwd_jax.data.latents import Plan, encode_dataset
+from lwd_jax.data.text import hashed_words
+from lwd_jax.train import metrics
+from lwd_jax.train.checkpoint import Checkpoints, read_params
+from lwd_jax.train.models import read_description
+
+STAGE_1 = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({{
+        "name": "kill test", "stage": 1, "resolution": 32, "dtype": "float32", "remat": "none",
+        "models": {{"autoencoder": "{root}/vae", "autoencoder_variant": ""}},
+        "data": {{"dataset": "{root}/dataset", "batch_size": 2, "workers": 0, "held_out": 2, "buckets": False}},
+        "reconstruction": {{"lpips": 0.0}},
+        "optimizer": {{"learning_rate": 1e-3, "warmup": 1}},
+        "mesh": {{"fsdp": 2, "data": -1}},
+        "training": {{"steps": 8, "ema": 0.9, "log_every": 1, "save_every": 2, "keep": 10, "preview_every": 0}},
+    }})
+"""
+STAGE_2 = STAGE_1.replace('"stage": 1', '"stage": 2').replace('"reconstruction": {{"lpips": 0.0}},', "").replace(
+    '"autoencoder_variant": ""', '"autoencoder_variant": "", "backbone": "{root}/transformer", "backbone_variant": ""'
+).replace('"dataset": "{root}/dataset"', '"latents": "{root}/latents"')  # fmt: skip
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Pictures, a small autoencoder and backbone, latents, and a config for each stage."""
+    root = tmp_path_factory.mktemp("train")
+    (root / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(9):
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+    paths = find_pictures(root / "images")
+    write_dataset(root / "dataset", root / "images", paths, [(f"picture {i}",) for i in range(9)], quiet)
+    save_autoencoder(root / "vae", *autoencoder(0))
+    save_autoencoder(root / "other", *autoencoder(1))
+    save_backbone(root / "transformer", *backbone(0))
+    plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
+    encoder = make_encoder(*autoencoder(0), 4)
+    encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None, **TEXT), plan, quiet)
+    (root / "stage1.py").write_text(STAGE_1.format(root=root))
+    (root / "stage2.py").write_text(STAGE_2.format(root=root))
+    return root
+
+
+def environment(root):
+    """One device pair, and one compilation for all processes."""
+    return os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def command(root, workdir, *overrides, stage=1):
+    arguments = [f"--config={root}/stage{stage}.py", f"--workdir={workdir}", *overrides]
+    return [sys.executable, "-m", "lwd_jax.cli", "train", *arguments]
+
+
+def train(root, workdir, *overrides):
+    found = subprocess.run(command(root, workdir, *overrides), env=environment(root), capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def start(root, workdir, *overrides):
+    return subprocess.Popen(
+        command(root, workdir, *overrides), env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_line(process, workdir, step):
+    """Until metrics.jsonl has the line of a step; the process must live."""
+    while not any(line["step"] >= step for line in metrics.read(workdir)):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def newest(workdir):
+    """Every array file of the newest checkpoint, as (params, average), and its data position."""
+    plain, _, step = read_params(workdir, ema=False)
+    checkpoints = Checkpoints(workdir, keep=10)
+    run = json.loads((workdir / "checkpoints" / str(step) / "run" / "metadata").read_text())
+    checkpoints.close()
+    return step, jax.device_get((plain, read_params(workdir)[0])), run["data"]
+
+
+def timeless(workdir):
+    timed = ("pictures_per_second", "data_wait_share")
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics.read(workdir)]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_bit_for_bit(root, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert "lwd encode" in train(root, whole).splitlines()[-1]
+    for step in (3, 5):
+        process = start(root, killed)
+        wait_for_line(process, killed, step)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    train(root, killed)
+    (step, arrays, position), (other_step, others, other_position) = newest(whole), newest(killed)
+    assert step == other_step == 8
+    jax.tree.map(np.testing.assert_array_equal, arrays, others)
+    assert position == other_position == {"global_next_index": 16}
+    assert timeless(whole) == timeless(killed) and [line["step"] for line in timeless(whole)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_so(root, tmp_path):
+    process = start(root, tmp_path / "run", "--config.training.steps=100000", "--config.training.save_every=100000")
+    wait_for_line(process, tmp_path / "run", 1)
+    process.terminate()
+    printed = process.communicate()[0]
+    assert process.returncode == 143
+    step = newest(tmp_path / "run")[0]
+    assert f"Stopped by SIGTERM at step {step} of 100000" in printed.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, capsys):
+    code = main(command(root, tmp_path / "run", "--config.training.steps=2", "--config.mesh.fsdp=1", "--config.mesh.data=2", stage=2)[3:])
+    printed = capsys.readouterr()
+    assert code == 2 and "2 of 8 devices" in printed.err  # this process has eight
+    overrides = ("--config.training.steps=2", "--config.data.batch_size=8", "--config.data.held_out=1", "--config.optimizer.accumulate=4")
+    assert main(command(root, tmp_path / "run", *overrides, stage=2)[3:]) == 0, capsys.readouterr().err
+    assert "lwd sample" in capsys.readouterr().out.splitlines()[-1]
+    described = read_description(tmp_path / "run")
+    assert described["kind"] == "backbone" and len(described["autoencoder_fingerprint"]) == 64
+    lines = metrics.read(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2] and len(lines[0]["loss_by_time"]) == 5
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["models"]["autoencoder"] == f"{root}/vae"
+
+
+@pytest.mark.parametrize(
+    "stage, overrides, words",
+    [
+        (2, ("--config.models.autoencoder={root}/other",), "made by the autoencoder .*decodes with"),
+        (2, ("--config.models.autoencoder=''",), "set models.autoencoder"),
+        (2, ("--config.data.latents={root}/nowhere",), "no folder of latents"),
+        (2, ("--config.models.backbone={root}/vae",), "AutoencoderKL, but SD3Transformer2DModel"),
+        (2, ("--config.models.autoencoder_variant=sdxl",), "not of models.autoencoder_variant 'sdxl': its latent_channels|its"),
+        (1, ("--config.data.batch_size=3",), "batch_size 3 .*does not divide"),
+        (1, ("--config.optimizer.freeze=('nothing_here',)",), "nothing_here"),
+        (1, ("--config.mesh.context=3", "--config.mesh.data=1"), "mesh"),
+        (1, ("--config.optimizer.learning_rat=1",), "Did you mean 'learning_rate'"),
+        (1, ("--config.models.autoencoder={root}/transformer",), "SD3Transformer2DModel, but AutoencoderKL"),
+        (1, ("--config.data.dataset=''",), "lwd prepare"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(root, tmp_path, capsys, stage, overrides, words):
+    import re
+
+    given = (f"{o}".format(root=root) for o in ("--config.data.batch_size=8", "--config.data.held_out=1", *overrides))
+    assert main(command(root, tmp_path / "run", *given, stage=stage)[3:]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert re.search(words, printed) and len(printed.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
