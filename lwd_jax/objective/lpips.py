@@ -57,7 +57,7 @@ def features(params: dict[str, Array], x: Array) -> list[Array]:
 
 
 def _unit(x: Array) -> Array:
-    """x over its length along channels. The clamp changes no value, and makes the gradient at x = 0 zero, not NaN."""
+    """x over its length along channels. The clamp keeps the gradient finite where all squares are 0 or underflow."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x / (jnp.sqrt(jnp.maximum(square, SMALLEST_SQUARE)) + 1e-10)
 
