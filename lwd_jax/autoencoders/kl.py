@@ -123,10 +123,9 @@ class ResnetBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, self.param_dtype, name="norm1")(x)).astype(self.dtype)
         h = Conv(self.features, **kinds, name="conv1")(h)
         h = nn.silu(GroupNorm(self.groups, self.param_dtype, name="norm2")(h)).astype(self.dtype)
-        h = Conv(self.features, **kinds, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, size=1, **kinds, name="conv_shortcut")(x)
-        return x + h
+        return Conv(self.features, **kinds, name="conv2")(h, plus=x)
 
 
 class Attention(nn.Module):

@@ -43,6 +43,9 @@ def _initialiser(model: Model, config, param_dtype) -> Callable:
     inputs = model.inputs(config, _INIT_RESOLUTION, 1)
 
     def init(key):
+        # One threefry program per parameter takes XLA longer to compile than the rest of init; this generator is one
+        # instruction each.
+        key = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="unsafe_rbg")
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
         return module.init(key, *zeros)["params"]
 

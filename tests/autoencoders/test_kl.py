@@ -1,4 +1,4 @@
-"""Laws: AutoencoderKL gives diffusers' numbers and gradients on the same weights; sizes, freezing and remat are right."""
+"""Laws: AutoencoderKL gives diffusers' numbers and gradients on the same weights; sizes, frozen parts, remat."""
 
 import json
 import math
@@ -12,17 +12,28 @@ import pytest
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.errors import UserError
-from lwd_jax.weights.model import abstract_params, init_params
+from lwd_jax.weights.model import abstract_params
 from lwd_jax.weights.table import cover, flat, read
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
-FOUR = kl.Config(4, (16, 16, 24), 1, 8, use_quant_conv=True, use_post_quant_conv=True)
-SIXTEEN = kl.Config(16, (8, 16, 16, 24), 2, 8)
+FOUR = kl.Config(4, (8, 16, 16), 1, 4, use_quant_conv=True, use_post_quant_conv=True)
+SIXTEEN = kl.Config(16, (8, 16), 2, 8)
 SMALL = {"4 channels, quant convs": FOUR, "16 channels": SIXTEEN}
 
 
 def size_of(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def random_params(config: kl.Config, seed: int = 0):
+    """Like init, without compiling it."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        fan_in = math.prod(leaf.shape[:-1])
+        return jnp.asarray(rng.standard_normal(leaf.shape) / math.sqrt(fan_in) + (leaf.ndim == 1), jnp.float32)
+
+    return jax.tree.map(fill, abstract_params(kl.AUTOENCODER, config))
 
 
 def relative(ours, theirs) -> float:
@@ -37,7 +48,7 @@ def run(config: kl.Config, params, x, method: str, **kinds):
 
 
 def torch_twin(config: kl.Config, seed: int = 0):
-    """A random diffusers model, with norms and biases away from their plain starting values, and our parameters of it."""
+    """A random diffusers model, norms and biases moved from their plain starting values, and our parameters of it."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(seed)
@@ -58,8 +69,7 @@ def nhwc(tensor):
     return np.moveaxis(tensor.detach().numpy(), 1, -1)
 
 
-@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
-@pytest.mark.parametrize("latent", [(1, 3), (5, 4)])
+@pytest.mark.parametrize("config, latent", [(FOUR, (1, 3)), (FOUR, (5, 4)), (SIXTEEN, (7, 5))])
 def test_forward_equals_diffusers(config, latent):
     torch, twin, params = torch_twin(config)
     rng = np.random.default_rng(1)
@@ -103,9 +113,9 @@ def test_gradients_equal_diffusers(config):
     assert relative(of_x, nhwc(their_x.grad)) < 1e-4
     whole = math.sqrt(sum(float(jnp.sum(g**2)) for g in their_params.values()))
     for path, gradient in flat(of_params).items():
-        # A bias before a norm, or of the keys, has gradient zero but for rounding: compared to the whole gradient there.
+        # A bias before a norm, or of the keys, has gradient zero but for rounding: the whole gradient is the measure.
         error = np.linalg.norm(np.asarray(gradient - their_params[path]))
-        assert error < 1e-4 * max(np.linalg.norm(their_params[path]), 1e-4 * whole), path
+        assert error < 1e-4 * max(np.linalg.norm(their_params[path]), 1e-3 * whole), path
 
 
 def test_parameter_counts():
@@ -139,26 +149,30 @@ def test_stage_1_freezes_3715_parameters():
     assert len(frozen) == 4 and size_of(frozen) == 3_715
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("policy", ["attention", "full"])
-def test_remat_changes_no_gradient(policy, size):
-    """Jitted, at local batch 1, on several sizes: equal to no remat and to finite differences."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, policies", [((32, 32), ("full", "attention")), ((64, 96), ("full",)), ((128, 128), ("full",))], ids=str
+)
+def test_remat_changes_no_gradient(size, policies):
+    """Jitted, at local batch 1, on several sizes: equal to no remat, and to finite differences."""
     config = kl.Config(4, (8, 16), 1, 4)
-    params = init_params(kl.AUTOENCODER, config, jax.random.key(0))
-    x = jax.random.uniform(jax.random.key(1), (1, 16 * size[0], 16 * size[1], 3), minval=-1.0)
+    encoder = {"encoder": random_params(config)["encoder"]}
+    x = jax.random.uniform(jax.random.key(1), (1, *size, 3), minval=-1.0)
 
     def loss(params, remat):
-        return jnp.mean((kl.AutoencoderKL(config, remat=remat).apply({"params": params}, x) - x) ** 2)
+        posterior = kl.AutoencoderKL(config, remat=remat).apply({"params": params}, x, method="encode")
+        return jnp.mean(posterior.mean**2 + jnp.exp(0.1 * posterior.logvar))
 
     with jax.default_matmul_precision("highest"):
-        plain = jax.jit(jax.grad(lambda p: loss(p, "none")))(params)
-        ours = jax.jit(jax.grad(lambda p: loss(p, policy)))(params)
-    for path, leaf in flat(plain).items():
-        assert relative(flat(ours)[path], leaf) < 1e-5 or np.abs(leaf).max() < 1e-7, path
-    norm = math.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(ours)))
-    direction = jax.tree.map(lambda leaf: leaf / norm, ours)
-    with jax.default_matmul_precision("highest"):
-        moved = jax.jit(lambda step: loss(jax.tree.map(lambda p, d: p + step * d, params, direction), "none"))
+        plain = jax.jit(jax.grad(lambda p: loss(p, "none")))(encoder)
+        norm = math.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(plain)))
+        for policy in policies:
+            ours = jax.jit(jax.grad(lambda p: loss(p, policy)))(encoder)  # noqa: B023
+            for path, leaf in flat(ours).items():
+                wanted = flat(plain)[path]
+                assert np.linalg.norm(leaf - wanted) < 1e-5 * max(np.linalg.norm(wanted), 1e-2 * norm), (policy, path)
+        direction = jax.tree.map(lambda leaf: leaf / norm, ours)
+        moved = jax.jit(lambda step: loss(jax.tree.map(lambda p, d: p + step * d, encoder, direction), "none"))
         slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
     assert abs(slope - norm) < 1e-2 * norm
 
@@ -169,14 +183,14 @@ def test_unknown_remat_policy():
 
 
 def test_size_that_does_not_divide():
-    params = init_params(kl.AUTOENCODER, FOUR, jax.random.key(0))
+    params = random_params(FOUR)
     with pytest.raises(UserError, match="30 x 20 px .* factor 4"):
         kl.AutoencoderKL(FOUR).apply({"params": params}, jnp.zeros((1, 20, 30, 3)), method="encode")
 
 
 def test_bfloat16_keeps_its_islands():
     """bfloat16 compute stays near float32; posterior and picture are float32, parameters untouched."""
-    params = init_params(kl.AUTOENCODER, SIXTEEN, jax.random.key(0))
+    params = random_params(SIXTEEN)
     x = jax.random.uniform(jax.random.key(1), (1, 40, 24, 3), minval=-1.0)
     exact = run(SIXTEEN, params, x, "encode")
     near = run(SIXTEEN, params, x, "encode", dtype=jnp.bfloat16)
