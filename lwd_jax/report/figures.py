@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import PowerNorm
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lwd_jax.evaluate.spectrum import Spectrum
 from lwd_jax.report.style import (
@@ -86,12 +86,20 @@ def saliency_and_masks(
         return png(made)
 
 
-def picture_rows(rows: Mapping[str, Sequence[np.ndarray]], title: str, notes: Sequence[Sequence[str]] = ()) -> bytes:
+def square(picture: np.ndarray, side: int) -> np.ndarray:
+    """The largest centre square of a picture, side x side px."""
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (side, side), Image.Resampling.LANCZOS))
+
+
+def picture_rows(
+    rows: Mapping[str, Sequence[np.ndarray]], title: str, notes: Sequence[Sequence[str]] = (), name_rows: bool = True
+) -> bytes:
     """A grid of pictures with one named row each (originals, reconstructions, arms), and a note under each cell.
 
     Args:
       rows: name -> pictures, the same number in each row.
       notes: a row of texts for each row of pictures, or nothing.
+      name_rows: write the names beside the rows.
     """
     columns = len(next(iter(rows.values())))
     heights = [max(_row_height(pictures, columns, 9.2)) for pictures in rows.values()]
@@ -105,7 +113,26 @@ def picture_rows(rows: Mapping[str, Sequence[np.ndarray]], title: str, notes: Se
                 picture_axes(axes)
                 if notes:
                     axes.set_xlabel(notes[row][column], fontsize=8.5, color=QUIET, labelpad=3)
-            cells[row, 0].set_ylabel(name, fontsize=10, color=INK, labelpad=7)
+            if name_rows:
+                cells[row, 0].set_ylabel(name, fontsize=10, color=INK, labelpad=7)
+        return png(made)
+
+
+def panels(pictures: Sequence[np.ndarray], notes: Sequence[str], title: str) -> bytes:
+    """Pictures of one size [H W 3] as large as fits, two in a row (three, if they are tall), with a note under each."""
+    pictures = [_shrink(p) for p in pictures]
+    height, width = pictures[0].shape[:2]
+    columns = 2 if width >= height else 3
+    rows = -(-len(pictures) // columns)
+    with style():
+        made = figure(rows * (10 / columns * height / width + 0.3) + 0.4)
+        made.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+        cells = made.subplots(rows, columns, squeeze=False)
+        for axes in cells.flat:
+            picture_axes(axes)
+        for axes, picture, note in zip(cells.flat, pictures, notes):
+            axes.imshow(picture)
+            axes.set_xlabel(note, fontsize=9.5, color=INK, labelpad=4)
         return png(made)
 
 
