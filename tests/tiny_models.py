@@ -63,7 +63,7 @@ def write_pipeline(folder: Path, seed: int = 0) -> Path:
 
 
 def write_workdir(folder: Path, stage: int, seed: int = 0, step: int = 7, text: bool = False, **fields) -> Path:
-    """A run that has ended: plain weights of `seed`, averaged weights of `seed + 100`; `text`: trained on hashed words."""
+    """A run that has ended: plain weights of `seed`, averaged ones of `seed + 100`; `text`: trained on hashed words."""
     kind, model, sizes = (AUTOENCODER, kl.AUTOENCODER, KL) if stage == 1 else (BACKBONE, sd3.BACKBONE, SD3)
     config = load_config({"stage": stage, "name": f"run {seed}", "resolution": 64, **fields})
     folder.mkdir(parents=True)

@@ -12,7 +12,7 @@ def arguments(parser):
     which.add_argument("--ema", action="store_true", help="the averaged weights, if the run has them (the default)")
     which.add_argument("--plain", action="store_true", help="the weights as they were last, not averaged")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the files (default %(default)s)")
-    parser.add_argument("--autoencoder", default="", help="folder or workdir with the autoencoder, if not the run's own")
+    parser.add_argument("--autoencoder", default="", help="folder or workdir of another autoencoder than the run's")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
 
 
@@ -26,5 +26,6 @@ def run(args):
         overwrite=args.overwrite,
     )
     has_backbone = (out / "transformer").is_dir()
-    then = f'lwd sample --models {out} --prompt "..." --out samples' if has_backbone else f"lwd encode --models {out} ..."
+    sampling, encoding = f'lwd sample --models {out} --prompt "..." --out samples', f"lwd encode --models {out} ..."
+    then = sampling if has_backbone else encoding
     print(f"Exported to {out}: its README.md shows how to use it in PyTorch. Next: {then}")

@@ -11,7 +11,7 @@ EXAMPLE = "lwd import --models stable-diffusion-3-medium --workdir runs/sd3"
 def arguments(parser):
     parser.add_argument("--models", required=True, help="diffusers folder: a pipeline, or one model")
     parser.add_argument("--workdir", required=True, help="folder to write: new, or empty")
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=0, help="1: the autoencoder; 2: the backbone, if it has one")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=0, help="1: the autoencoder; 2: the backbone")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier workdir")
 
 
@@ -19,4 +19,5 @@ def run(args):
     config = import_models(args.models, args.workdir, stage=args.stage, overwrite=args.overwrite)
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")
-    print(f"Imported the {field} ({variant}) to {args.workdir}. Next: lwd train --config.models.{field}={args.workdir} ...")
+    name = f"{field} ({variant})" if variant else field
+    print(f"Imported the {name} to {args.workdir}. Next: lwd train --config.models.{field}={args.workdir} ...")

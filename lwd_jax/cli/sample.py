@@ -1,7 +1,7 @@
 """Pictures from prompts, with the models of a diffusers folder or of a run's workdir.
 
-Every picture's noise depends on --seed and on its own number alone: jax.random.normal(fold_in(key(seed), number)). To start
-from the latents of a PyTorch run instead, save them ([N, C, h, w]) and name the file with --latents.
+Every picture's noise depends on --seed and on its own number alone: jax.random.normal(fold_in(key(seed), number)). To
+start from the latents of a PyTorch run instead, save them ([N, C, h, w]) and name the file with --latents.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lwd_jax.report.samples import INDEX, Request, encode_prompts, read_noise, s
 from lwd_jax.report.staging import check_free, staged
 from lwd_jax.sample.solvers import SOLVERS
 
-EXAMPLE = 'lwd sample --models runs/stage2 --prompt "a red boat on a lake" --out samples --resolution 1536x1024 --seed 7'
+EXAMPLE = 'lwd sample --models runs/stage2 --prompt "a red boat on a lake" --out samples --resolution 1536x1024'
 
 
 def arguments(parser):
@@ -27,17 +27,17 @@ def arguments(parser):
     parser.add_argument("--out", required=True, help="folder to write: new, or empty")
     parser.add_argument("--resolution", help="side in px, or WIDTHxHEIGHT (default: what the models were made for)")
     parser.add_argument("--steps", type=int, help="solver steps (default: the run's, or 28)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale, 1 = off (default: the run's, or 5)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = off (default: the run's, or 5)")
     parser.add_argument("--shift", type=float, help="of the noise levels (default: the run's, or the scheduler's)")
     parser.add_argument("--solver", help=f"{' or '.join(SOLVERS)} (default: the run's, or euler)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")
     parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="pictures sampled at a time (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
-    parser.add_argument("--plain", action="store_true", help="of a workdir, the weights as they were last, not averaged")
+    parser.add_argument("--plain", action="store_true", help="of a workdir, the last weights, not the averaged ones")
     parser.add_argument("--autoencoder", default="", help="of a workdir: folder or workdir with another autoencoder")
-    parser.add_argument("--text-models", default="", help="diffusers folder with the text encoders, if --models has none")
-    parser.add_argument("--latents", help="initial noise, .npy or .safetensors, [pictures, channels, height/8, width/8]")
+    parser.add_argument("--text-models", default="", help="diffusers folder with text encoders, if --models has none")
+    parser.add_argument("--latents", help="initial noise, .npy or .safetensors, [N, C, height/8, width/8]")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier samples in --out")
 
 
@@ -64,7 +64,8 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _request(args, models) -> Request:
-    given = {name: value for name in ("steps", "guidance", "shift", "solver") if (value := getattr(args, name)) is not None}
+    names = ("steps", "guidance", "shift", "solver")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = dataclasses.replace(models.sampling(), **given)
     choose(SOLVERS, sampling.solver, "solver")
     noise = read_noise(args.latents) if args.latents else None
@@ -89,4 +90,5 @@ def run(args):
     with staged(args.out, args.overwrite, INDEX) as folder, progress() as show:
         samples = write_samples(folder, sample_pictures(models, request, cond, null, show), request, models.describe())
     number = f"{len(samples)} picture{'' if len(samples) == 1 else 's'}"
-    print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {Path(args.out) / samples[0].file} --out inspection")
+    first = Path(args.out) / samples[0].file
+    print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {first} --out inspection")

@@ -44,22 +44,23 @@ def _figures(workdir: Path, manifest: dict) -> str:
     if not figures:
         return "The run logged no figures."
     rows = "\n".join(f"| {label} | {value:.4g} |" for label, value in figures.items())
-    return f"Means over the last {WINDOW} logged windows of the training run (training data).\n\n| figure | value |\n|---|---|\n{rows}"
+    head = f"Means over the last {WINDOW} logged windows of the training run (training data)."
+    return f"{head}\n\n| figure | value |\n|---|---|\n{rows}"
 
 
 def _objective(config: dict) -> str:
     if config["stage"] == 1:
         terms = config["reconstruction"]
         return (
-            f"Stage 1: scale-consistent fine-tuning of the autoencoder, {terms['distance']} reconstruction, scale consistency "
-            f"weighted {terms['alpha']}, KL {terms['beta']}, LPIPS {terms['lpips']}."
+            f"Stage 1: scale-consistent fine-tuning of the autoencoder, {terms['distance']} reconstruction, scale "
+            f"consistency weighted {terms['alpha']}, KL {terms['beta']}, LPIPS {terms['lpips']}."
         )
     matching = config["matching"]
     if matching["mask"] == "everywhere":
         return "Stage 2: flow matching without a mask (the baseline)."
     return (
-        f"Stage 2: flow matching under the wavelet mask `{matching['mask']}` ({matching['wavelet']}, floor {matching['floor']}, "
-        f"map of the {matching['source']} latent)."
+        f"Stage 2: flow matching under the wavelet mask `{matching['mask']}` ({matching['wavelet']}, floor "
+        f"{matching['floor']}, map of the {matching['source']} latent)."
     )
 
 
@@ -88,7 +89,7 @@ picture = pipe(
     guidance_scale={guidance},
 ).images[0]
 ```"""
-_STATES_USE = """This folder has no text encoders (the captions of the run were encoded by `{kind}`), so the pipeline is given text states:
+_STATES_USE = """This folder has no text encoders (captions were encoded by `{kind}`): the pipeline takes text states.
 
 ```python
 import torch
@@ -127,7 +128,7 @@ def _use(manifest: dict, absent: list[str]) -> str:
 
 
 def inherited(source: Path | None) -> dict:
-    """Licence, base model and languages that the card of the models it started from declares; {} where it declares none."""
+    """Licence, base model and languages that the card of the models it started from declares; {} = none."""
     if source is None or not (source / "README.md").is_file():
         return {}
     declared = ModelCard.load(source / "README.md", ignore_metadata_errors=True).data.to_dict()
@@ -152,6 +153,7 @@ def write_card(folder: Path, manifest: dict, workdir: Path, *, absent: list[str]
         **inherited(base),
     )
     prints = "\n".join(f"- {name}: `{value}`" for name, value in manifest["fingerprints"].items())
+    optimizer = config["optimizer"]
     text = f"""---
 {data.to_yaml()}
 ---
@@ -159,7 +161,7 @@ def write_card(folder: Path, manifest: dict, workdir: Path, *, absent: list[str]
 # {config["name"] or f"Latent Wavelet Diffusion, stage {stage}"}
 
 {_objective(config)} Trained with lwd_jax ([Latent Wavelet Diffusion]({PAPER})) at {config["resolution"]} px, batch
-{config["data"]["batch_size"]}, {config["optimizer"]["name"]} at {config["optimizer"]["learning_rate"]:g}, for {manifest["step"]} steps;
+{config["data"]["batch_size"]}, {optimizer["name"]} at {optimizer["learning_rate"]:g}, for {manifest["step"]} steps;
 these are the {"averaged (EMA)" if manifest["weights"] == "ema" else "plain"} weights in {manifest["dtype"]}.
 {_origin(config)}
 

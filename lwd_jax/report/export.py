@@ -1,4 +1,4 @@
-"""Between workdirs and diffusers folders: `export` writes what StableDiffusion3Pipeline reads, `import_models` the reverse."""
+"""Between workdirs and diffusers folders: `export` writes what diffusers' pipeline reads, `import_models` reads it."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system allows one: text encoders are tens of gigabytes and are never written to again."""
+    """A hard link where the file system allows one: text encoders are gigabytes and are never written to again."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -147,13 +147,15 @@ def _variant(model: Model, sizes) -> str:
     return next((name for name, known in model.variants.items() if known == sizes), "")
 
 
-def import_models(folder: str | os.PathLike, workdir: str | os.PathLike, *, stage: int = 0, overwrite: bool = False) -> Config:
-    """Makes a workdir whose checkpoint, step 0, holds the weights of a diffusers folder, checked to cover the model exactly.
+def import_models(
+    folder: str | os.PathLike, workdir: str | os.PathLike, *, stage: int = 0, overwrite: bool = False
+) -> Config:
+    """Makes a workdir whose checkpoint of step 0 holds the weights of a diffusers folder, which must cover the model.
 
     Args:
       folder: a pipeline folder or that of one model.
       workdir: new or empty.
-      stage: 1 takes the autoencoder, 2 the backbone (its autoencoder stays where it is); 0 = 2 where there is a backbone.
+      stage: 1 takes the autoencoder, 2 the backbone (the autoencoder stays where it is); 0 = 2 if there is a backbone.
       overwrite: replace an earlier workdir.
 
     Returns:
@@ -175,7 +177,13 @@ def import_models(folder: str | os.PathLike, workdir: str | os.PathLike, *, stag
     }
     settings = {"resolution": source.resolution(), "sampling": source.sampling()} if kind is BACKBONE else {}
     # No average: there is nothing to continue here, only weights to start from.
-    config = Config(f"import of {source.path.name}", kind.stage, models=Models(**names), training=Training(ema=0.0), **settings)
+    config = Config(
+        name=f"import of {source.path.name}",
+        stage=kind.stage,
+        models=Models(**names),
+        training=Training(ema=0.0),
+        **settings,
+    )
     with staged(workdir, overwrite, "config.json") as target:
         zero = jnp.zeros((), jnp.int32)
         checkpoints = Checkpoints(target, keep=1)

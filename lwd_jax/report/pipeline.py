@@ -1,7 +1,7 @@
 """The models a command was pointed at: a diffusers folder, or the workdir of a run of either stage.
 
-Nothing is read before it is asked for, and nothing is kept: `autoencoder()` and `backbone()` read their weights each time,
-so that a command can drop one model before it loads the other.
+Nothing is read before it is asked for, and nothing is kept: `autoencoder()` and `backbone()` read their weights each
+time, so that a command can drop one model before it loads the other.
 """
 
 import dataclasses
@@ -61,7 +61,9 @@ def _flow_shift(folder: Path) -> float:
     return float(scheduler.get("shift", 1.0))  # 1.0 is what diffusers reads where the field is absent
 
 
-def _read(kind: Kind, path: Path, ema: bool, *, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", shardings=None):
+def _read(
+    kind: Kind, path: Path, ema: bool, *, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", shardings=None
+):
     """(module, params) of a folder or workdir.
 
     Args:
@@ -174,9 +176,9 @@ class WorkdirModels:
         if self.config.stage == 1:
             return _read(AUTOENCODER, self.path, self.ema, **options)
         if not named:
-            raise UserError(f"The run in '{self.path}' names no autoencoder (models.autoencoder); name one with --autoencoder.")
+            raise UserError(f"The config of '{self.path}' names no autoencoder; name one with --autoencoder.")
         if not Path(named).is_dir():
-            raise UserError(f"The run in '{self.path}' used the autoencoder in '{named}', which is gone; name it with --autoencoder.")
+            raise UserError(f"'{self.path}' used the autoencoder '{named}', which is gone; name it with --autoencoder.")
         return open_models(named, ema=ema).autoencoder(**options)
 
     def backbone(self, **options):
@@ -260,7 +262,7 @@ def text_encoder(models: FolderModels | WorkdirModels, folder: str | os.PathLike
     trained_with = text.get("fingerprint", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(
-            f"'{models.path}' was trained on captions of another text encoder: its fingerprint is {trained_with[:16]}, that "
-            f"of the one given {encoder.fingerprint[:16]}."
+            f"'{models.path}' was trained on captions of another text encoder: its fingerprint is {trained_with[:16]}, "
+            f"that of the one given {encoder.fingerprint[:16]}."
         )
     return encoder

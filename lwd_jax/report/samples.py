@@ -54,10 +54,11 @@ class Request:
         if not self.prompts:
             raise UserError("There is no prompt.")
         if self.width < SIZE_UNIT or self.height < SIZE_UNIT or self.width % SIZE_UNIT or self.height % SIZE_UNIT:
-            raise UserError(f"Pictures must measure multiples of {SIZE_UNIT} px, but {self.width} x {self.height} was asked for.")
+            size = f"{self.width} x {self.height}"
+            raise UserError(f"Pictures must measure multiples of {SIZE_UNIT} px, but {size} was asked for.")
         if self.batch < 1:
             raise UserError(f"At least one picture at a time must be sampled, but the batch is {self.batch}.")
-        sigmas(self.sampling.steps, self.sampling.shift)  # says now what would otherwise be said once the models are read
+        sigmas(self.sampling.steps, self.sampling.shift)  # says now what is wrong, before the models are read
 
 
 class Sample(NamedTuple):
@@ -73,7 +74,7 @@ class Sample(NamedTuple):
 
 
 def read_noise(path: str) -> np.ndarray:
-    """Latents saved from PyTorch, [N C h w] in a .npy file or the one tensor of a .safetensors file -> [N h w C] float32.
+    """Latents from PyTorch, [N C h w], in a .npy file or alone in a .safetensors file -> [N h w C] float32.
 
     Raises:
       UserError: no such file, another kind of file, not one tensor with four axes.
@@ -125,9 +126,12 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, o
     shape = (request.height // 8, request.width // 8, module.config.in_channels)
     count = len(request.prompts)
     if request.noise is not None and request.noise.shape != (count, *shape):
-        n, h, w, c = request.noise.shape
-        raise UserError(f"The latents given are {n} of {c} x {h} x {w}, but {count} of {shape[2]} x {shape[0]} x {shape[1]} are needed.")
-    sampler, levels = make_sampler(module, request.sampling.solver), sigmas(request.sampling.steps, request.sampling.shift)
+        (n, h, w, c), (height, width, channels) = request.noise.shape, shape
+        raise UserError(
+            f"The latents given are {n} of {c} x {h} x {w}, but {count} of {channels} x {height} x {width} are needed."
+        )
+    sampler = make_sampler(module, request.sampling.solver)
+    levels = sigmas(request.sampling.steps, request.sampling.shift)
     null = jax.tree.map(lambda x: np.repeat(x, request.batch, axis=0), null) if request.sampling.guidance > 1 else None
     done = []
     for start in range(0, count, request.batch):
@@ -169,7 +173,8 @@ def sample_pictures(
     kind = jnp.dtype(request.dtype)
     module, params = models.autoencoder(dtype=kind, param_dtype=kind)
     if module.config.latent_channels != z0.shape[-1]:
-        raise UserError(f"The autoencoder has {module.config.latent_channels} latent channels, but the backbone {z0.shape[-1]}.")
+        channels = module.config.latent_channels
+        raise UserError(f"The autoencoder has {channels} latent channels, but the backbone {z0.shape[-1]}.")
     decode = make_decoder(module)
     for number in range(len(z0)):
         picture = decode_in_chunks(decode, params, z0[number : number + 1])[0]

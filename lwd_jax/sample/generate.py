@@ -92,7 +92,7 @@ def to_uint8(x):
 
 @functools.lru_cache(maxsize=8)
 def make_decoder(autoencoder):
-    """`f(params, z0 [B h w C]) -> uint8 pictures [B H W 3]` of an autoencoder module, jitted; z0 as the backbone sees it."""
+    """`f(params, z0 [B h w C]) -> uint8 [B H W 3]` of an autoencoder module, jitted; z0 as the backbone sees it."""
 
     def decode(params, z0):
         z = kl.unscale(autoencoder.config, jnp.asarray(z0, jnp.float32))
@@ -102,7 +102,7 @@ def make_decoder(autoencoder):
 
 
 def decode_in_chunks(decode, params, z0, chunk: int = 1) -> np.ndarray:
-    """`decode(params, .)` over `chunk` latents at a time, on the host: memory does not grow with the number of pictures.
+    """`decode(params, .)` over `chunk` latents at a time, on the host: memory does not grow with their number.
 
     The last chunk is filled up with copies, so that one program serves all.
 

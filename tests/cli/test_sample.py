@@ -62,7 +62,8 @@ def test_latents_from_pytorch_take_the_place_of_the_seed(run, tmp_path, suffix):
 def test_plain_weights_and_another_solver_draw_something_else(run, tmp_path):
     options = {"ema": (), "plain": ("--plain",), "heun": ("--solver", "heun")}
     for name, more in options.items():
-        assert sample("--models", run, "--prompt", "a cat", "--resolution", "80x48", *more, "--out", tmp_path / name) == 0
+        given = ("--prompt", "a cat", "--resolution", "80x48", *more)
+        assert sample("--models", run, *given, "--out", tmp_path / name) == 0
     assert len({(tmp_path / name / "00000.png").read_bytes() for name in options}) == 3
     assert len({np.asarray(Image.open(tmp_path / name / "00000.png")).tobytes() for name in options}) == 3
 
@@ -97,14 +98,18 @@ def test_mistakes(run, tmp_path, capsys, change, sentence):
 
 
 def test_latents_that_do_not_fit_are_named(run, tmp_path, capsys):
+    def status(name):
+        given = ("--models", run, "--prompt", "a cat", "--latents", tmp_path / name)
+        return sample(*given, "--out", tmp_path / "out")
+
     np.save(tmp_path / "noise.npy", np.zeros((2, 4, 6, 6), np.float32))
-    assert sample("--models", run, "--prompt", "a cat", "--latents", tmp_path / "noise.npy", "--out", tmp_path / "out") == 2
+    assert status("noise.npy") == 2
     assert "2 of 4 x 6 x 6, but 1 of 4 x 6 x 6 are needed" in capsys.readouterr().err
     np.save(tmp_path / "flat.npy", np.zeros((4, 6, 6), np.float32))
-    assert sample("--models", run, "--prompt", "a cat", "--latents", tmp_path / "flat.npy", "--out", tmp_path / "out") == 2
+    assert status("flat.npy") == 2
     assert "one tensor of latents" in capsys.readouterr().err
     (tmp_path / "pickled.npy").write_bytes(np.array([None], dtype=object).dumps())
-    assert sample("--models", run, "--prompt", "a cat", "--latents", tmp_path / "pickled.npy", "--out", tmp_path / "out") == 2
+    assert status("pickled.npy") == 2
     assert "cannot be read" in capsys.readouterr().err
 
 

@@ -1,5 +1,5 @@
-"""Laws: what is exported loads in diffusers with no key missing or left over and gives the same output; export -> import ->
-export is bitwise the identity; nothing is half-written."""
+"""Laws: what is exported loads in diffusers with no key missing or left over and gives the same output; export ->
+import -> export is bitwise the identity; nothing is half-written."""
 
 import hashlib
 import json
@@ -159,9 +159,11 @@ def test_the_code_on_the_card_runs(exported):
 
 def test_the_card_says_what_was_trained(exported):
     card = ModelCard.load(exported / "README.md")
-    assert card.data.license == "other" and card.data.license_name == "community" and card.data.library_name == "diffusers"
+    assert card.data.license == "other" and card.data.license_name == "community"
+    assert card.data.library_name == "diffusers"
     assert "x" not in card.data.tags
-    for wanted in ("run 20", "wavelet mask `time`", "7 steps", "averaged (EMA)", "`sd3`", "most detailed quarter", '"floor": 0.3'):
+    said = ("run 20", "wavelet mask `time`", "7 steps", "averaged (EMA)", "`sd3`", "detailed quarter", '"floor": 0.3')
+    for wanted in said:
         assert wanted in card.text, wanted
     loss = float(re.search(r"\| loss \| (\S+) \|", card.text)[1])
     assert loss == pytest.approx(np.mean([1 / n for n in range(1, 8)]), rel=1e-3)
@@ -175,7 +177,8 @@ def add_text_encoders(folder):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     for number, suffix in enumerate(("", "_2")):
         config = transformers.CLIPTextConfig(
             vocab_size=len(words), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -190,7 +193,7 @@ def add_text_encoders(folder):
         tokenizer.save_pretrained(place)
     from tokenizers import Tokenizer, models
 
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -2.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -2.0) for letter in f"▁{letters}")]
     tokenizer = transformers.T5TokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=2)), extra_ids=0)
     tokenizer.save_pretrained(folder / "tokenizer_3")
     t5 = transformers.T5Config(vocab_size=64, d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
@@ -215,8 +218,8 @@ def test_text_encoders_come_along_and_the_pipeline_loads_whole(tmp_path):
     noise = np.random.default_rng(1).standard_normal((1, 6, 10, 4)).astype(np.float32)
     with torch.no_grad():
         theirs = pipe(
-            "a boat", negative_prompt="fog", latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()), height=48, width=80,
-            num_inference_steps=3, guidance_scale=2.0, output_type="np",
+            "a boat", negative_prompt="fog", latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+            height=48, width=80, num_inference_steps=3, guidance_scale=2.0, output_type="np",
         ).images[0]  # fmt: skip
     models = open_models(folder)
     request = Request(("a boat",), 80, 48, Sampling("euler", 3, 2.0, models.sampling().shift), "fog", noise=noise)

@@ -1,4 +1,4 @@
-"""Laws: a folder and a workdir open to the models they stand for, lazily; our pictures are those of the PyTorch pipeline."""
+"""Laws: a folder and a workdir open to the models they stand for, lazily; pictures equal the PyTorch pipeline's."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from lwd_jax.backbones import sd3
 from lwd_jax.config import Sampling
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
-from lwd_jax.report.pipeline import open_models, text_encoder
+from lwd_jax.report.pipeline import TEXT_PARTS, open_models, text_encoder
 from lwd_jax.report.samples import Request, encode_prompts, sample_pictures
 from lwd_jax.weights.table import flat
 
@@ -97,7 +97,7 @@ def test_what_holds_no_models_is_named(tmp_path):
         open_models(tmp_path)
 
 
-@pytest.mark.parametrize("setting,word", [({"use_dynamic_shifting": True}, "use_dynamic_shifting"), ({"_class_name": "DDIM"}, "DDIM")])
+@pytest.mark.parametrize("setting,word", [({"shift_terminal": 0.1}, "shift_terminal"), ({"_class_name": "DDIM"}, "DDIM")])
 def test_a_scheduler_that_is_not_reproduced_is_refused(folder, tmp_path, setting, word):
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
@@ -135,9 +135,9 @@ def torch_pipeline(folder, scheduler="FlowMatchEulerDiscreteScheduler"):
     diffusers = pytest.importorskip("diffusers")
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
     transformer = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
-    nothing = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"))
+    steps = getattr(diffusers, scheduler)(shift=2.5)
     pipe = diffusers.StableDiffusion3Pipeline(
-        vae=vae, transformer=transformer, scheduler=getattr(diffusers, scheduler)(shift=2.5), **nothing
+        vae=vae, transformer=transformer, scheduler=steps, **dict.fromkeys(TEXT_PARTS)
     )
     pipe.set_progress_bar_config(disable=True)
     return torch, pipe

@@ -72,7 +72,8 @@ def test_noise_belongs_to_the_picture():
 def test_uint8_equals_the_diffusers_image_processor():
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    x = np.concatenate([np.linspace(-1.3, 1.3, 4001, dtype=np.float32), (np.arange(256, dtype=np.float32) + 0.5) / 127.5 - 1])
+    halves = (np.arange(256, dtype=np.float32) + 0.5) / 127.5 - 1
+    x = np.concatenate([np.linspace(-1.3, 1.3, 4001, dtype=np.float32), halves])
     x = np.broadcast_to(x[None, None, :, None], (1, 2, x.size, 3))
     processor = diffusers.image_processor.VaeImageProcessor()
     theirs = np.asarray(processor.postprocess(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), output_type="pil")[0])
