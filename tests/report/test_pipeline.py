@@ -97,7 +97,10 @@ def test_what_holds_no_models_is_named(tmp_path):
         open_models(tmp_path)
 
 
-@pytest.mark.parametrize("setting,word", [({"shift_terminal": 0.1}, "shift_terminal"), ({"_class_name": "DDIM"}, "DDIM")])
+REFUSED = [({"shift_terminal": 0.1}, "shift_terminal"), ({"_class_name": "DDIM"}, "DDIM")]
+
+
+@pytest.mark.parametrize("setting,word", REFUSED)
 def test_a_scheduler_that_is_not_reproduced_is_refused(folder, tmp_path, setting, word):
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
