@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lwd_jax.autoencoders.bands import Conv, row_moments
 from lwd_jax.autoencoders.blockwise import blockwise_attention
-from lwd_jax.autoencoders.convolution import Conv
 from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.shapes import Array, shaped
 from lwd_jax.weights.layout import CONV, LINEAR
@@ -95,9 +95,8 @@ class GroupNorm(nn.Module):
         batch, _, _, channels = x.shape
         gain = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        row_mean = x.mean(2)
-        row_variance = jnp.maximum(jnp.square(x).mean(2) - jnp.square(row_mean), 0.0)
+        row_mean, row_square = jnp.moveaxis(row_moments(x), -1, 0)
+        row_variance = jnp.maximum(row_square - jnp.square(row_mean), 0.0)
 
         def per_group(moments):  # [B H C] -> [B 1 C], the mean over rows and the group's channels
             groups = moments.mean(1).reshape(batch, self.groups, -1).mean(-1, keepdims=True)
@@ -106,7 +105,7 @@ class GroupNorm(nn.Module):
         mean = per_group(row_mean)
         variance = per_group(row_variance + jnp.square(row_mean - mean))
         factor = (gain * jax.lax.rsqrt(variance + NORM_EPS))[:, None]
-        return x * factor + (bias - mean[:, None] * factor)
+        return x.astype(jnp.float32) * factor + (bias - mean[:, None] * factor)
 
 
 class ResnetBlock(nn.Module):
