@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,23 +25,28 @@ from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
 from lwd_jax.train.models import read_description
 
-STAGE_1 = """
-from ml_collections import ConfigDict
 
-def get_config():
-    return ConfigDict({{
-        "name": "kill test", "stage": 1, "resolution": 32, "dtype": "float32", "remat": "none",
-        "models": {{"autoencoder": "{root}/vae", "autoencoder_variant": ""}},
-        "data": {{"dataset": "{root}/dataset", "batch_size": 2, "workers": 0, "held_out": 2, "buckets": False}},
-        "reconstruction": {{"lpips": 0.0}},
-        "optimizer": {{"learning_rate": 1e-3, "warmup": 1}},
-        "mesh": {{"fsdp": 2, "data": -1}},
-        "training": {{"steps": 8, "ema": 0.9, "log_every": 1, "save_every": 2, "keep": 10, "preview_every": 0}},
-    }})
-"""
-STAGE_2 = STAGE_1.replace('"stage": 1', '"stage": 2').replace('"reconstruction": {{"lpips": 0.0}},', "").replace(
-    '"autoencoder_variant": ""', '"autoencoder_variant": "", "backbone": "{root}/transformer", "backbone_variant": ""'
-).replace('"dataset": "{root}/dataset"', '"latents": "{root}/latents"')  # fmt: skip
+def config_of(root, stage):
+    """A run of either stage; few parameters train, because their updates take longest to compile."""
+    config = {
+        "name": "small",
+        "stage": stage,
+        "resolution": 32,
+        "dtype": "float32",
+        "remat": "none",
+        "models": {"autoencoder": f"{root}/vae", "autoencoder_variant": ""},
+        "data": {"batch_size": 2, "workers": 0, "held_out": 2, "buckets": False},
+        "optimizer": {"learning_rate": 1e-3, "warmup": 1, "train_only": ["conv_in|final_proj"]},
+        "mesh": {"fsdp": -1},
+        "training": {"steps": 8, "ema": 0.9, "log_every": 1, "save_every": 2, "keep": 10, "preview_every": 0},
+    }
+    if stage == 1:
+        config["data"]["dataset"] = f"{root}/dataset"
+        config["reconstruction"] = {"lpips": 0.0, "alpha": 0.0}
+    else:
+        config["data"]["latents"] = f"{root}/latents"
+        config["models"] |= {"backbone": f"{root}/transformer", "backbone_variant": ""}
+    return config
 
 
 def quiet(*_):
@@ -63,8 +69,8 @@ def root(tmp_path_factory):
     plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
     encoder = make_encoder(*autoencoder(0), 4)
     encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None, **TEXT), plan, quiet)
-    (root / "stage1.py").write_text(STAGE_1.format(root=root))
-    (root / "stage2.py").write_text(STAGE_2.format(root=root))
+    for stage in (1, 2):
+        (root / f"stage{stage}.json").write_text(json.dumps(config_of(root, stage)))
     return root
 
 
@@ -78,7 +84,7 @@ def environment(root):
 
 
 def command(root, workdir, *overrides, stage=1):
-    arguments = [f"--config={root}/stage{stage}.py", f"--workdir={workdir}", *overrides]
+    arguments = [f"--config={root}/stage{stage}.json", f"--workdir={workdir}", *overrides]
     return [sys.executable, "-m", "lwd_jax.cli", "train", *arguments]
 
 
@@ -119,11 +125,10 @@ def timeless(workdir):
 def test_killed_at_any_moment_it_resumes_bit_for_bit(root, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert "lwd encode" in train(root, whole).splitlines()[-1]
-    for step in (3, 5):
-        process = start(root, killed)
-        wait_for_line(process, killed, step)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+    process = start(root, killed)
+    wait_for_line(process, killed, 5)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     train(root, killed)
     (step, arrays, position), (other_step, others, other_position) = newest(whole), newest(killed)
     assert step == other_step == 8
@@ -143,12 +148,8 @@ def test_sigterm_saves_and_says_so(root, tmp_path):
     assert f"Stopped by SIGTERM at step {step} of 100000" in printed.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, capsys):
-    code = main(command(root, tmp_path / "run", "--config.training.steps=2", "--config.mesh.fsdp=1", "--config.mesh.data=2", stage=2)[3:])
-    printed = capsys.readouterr()
-    assert code == 2 and "2 of 8 devices" in printed.err  # this process has eight
-    overrides = ("--config.training.steps=2", "--config.data.batch_size=8", "--config.data.held_out=1", "--config.optimizer.accumulate=4")
+    overrides = ("--config.training.steps=2", "--config.data.batch_size=8", "--config.data.held_out=1")
     assert main(command(root, tmp_path / "run", *overrides, stage=2)[3:]) == 0, capsys.readouterr().err
     assert "lwd sample" in capsys.readouterr().out.splitlines()[-1]
     described = read_description(tmp_path / "run")
@@ -165,18 +166,16 @@ def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, c
         (2, ("--config.models.autoencoder=''",), "set models.autoencoder"),
         (2, ("--config.data.latents={root}/nowhere",), "no folder of latents"),
         (2, ("--config.models.backbone={root}/vae",), "AutoencoderKL, but SD3Transformer2DModel"),
-        (2, ("--config.models.autoencoder_variant=sdxl",), "not of models.autoencoder_variant 'sdxl': its latent_channels|its"),
+        (2, ("--config.models.autoencoder_variant=sdxl",), "not of models.autoencoder_variant 'sdxl': its \\w+ is"),
         (1, ("--config.data.batch_size=3",), "batch_size 3 .*does not divide"),
         (1, ("--config.optimizer.freeze=('nothing_here',)",), "nothing_here"),
-        (1, ("--config.mesh.context=3", "--config.mesh.data=1"), "mesh"),
+        (1, ("--config.mesh.context=3",), "mesh"),
         (1, ("--config.optimizer.learning_rat=1",), "Did you mean 'learning_rate'"),
         (1, ("--config.models.autoencoder={root}/transformer",), "SD3Transformer2DModel, but AutoencoderKL"),
         (1, ("--config.data.dataset=''",), "lwd prepare"),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(root, tmp_path, capsys, stage, overrides, words):
-    import re
-
     given = (f"{o}".format(root=root) for o in ("--config.data.batch_size=8", "--config.data.held_out=1", *overrides))
     assert main(command(root, tmp_path / "run", *given, stage=stage)[3:]) == 2
     printed = capsys.readouterr().err.strip()
