@@ -1,0 +1,30 @@
+"""Law: FLOPs by formula are those that torch counts in diffusers' model."""
+
+import pytest
+
+from lwd_jax.backbones import sd3
+from lwd_jax.plan.flops import TRAINING, sd3_forward
+
+
+@pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "tiny"])
+@pytest.mark.parametrize(("height", "width", "text"), [(64, 64, 333), (48, 32, 77)])
+def test_sd3_forward_is_torchs_count(variant, height, width, text):
+    torch = pytest.importorskip("torch")
+    from diffusers import SD3Transformer2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = sd3.VARIANTS[variant]
+    height, width = (min(size, 2 * config.pos_embed_max_size) for size in (height, width))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = SD3Transformer2DModel(**sd3.to_foreign(config))
+        latent, tokens = torch.empty(1, 16, height, width), torch.empty(1, text, config.joint_attention_dim)
+        with torch.no_grad():
+            model(latent, tokens, torch.empty(1, config.pooled_projection_dim), torch.empty(1))
+    assert sd3_forward(config, height, width, text) == counter.get_total_flops()
+
+
+def test_figures_of_a_training_step():
+    """SD3-medium at 1024 and 4096 px: 26.8 and 2190 TFLOP a picture."""
+    medium = sd3.VARIANTS["sd3-medium"]
+    assert TRAINING * sd3_forward(medium, 128, 128, 333) == pytest.approx(26.8e12, rel=0.01)
+    assert TRAINING * sd3_forward(medium, 512, 512, 333) == pytest.approx(2190e12, rel=0.02)
