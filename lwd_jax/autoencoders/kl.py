@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lwd_jax.autoencoders.bands import Conv, row_moments
+from lwd_jax.autoencoders.bands import Affine, Conv, row_moments
 from lwd_jax.autoencoders.blockwise import blockwise_attention
 from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.shapes import Array, shaped
@@ -52,10 +52,10 @@ VARIANTS = {
     "flux": Config(scaling=0.3611, shift=0.1159),
     "sdxl": Config(latent_channels=4, use_quant_conv=True, use_post_quant_conv=True, scaling=0.13025, shift=0.0),
     "tiny": Config(
-        block_out_channels=(32, 48, 64, 96),
+        block_out_channels=(8, 16, 32, 64),  # few at full size, where a CPU spends its time
         layers_per_block=1,
-        norm_num_groups=16,
-        scaling=1.0,
+        norm_num_groups=1,  # groups of few channels would take each picture's colours away
+        scaling=0.4,  # what brings latents trained with `configs/quickstart_stage1.py` to about unit variance
         shift=0.0,
         sample_size=128,
     ),
@@ -80,7 +80,7 @@ def unscale(config: Config, z: Array) -> Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over (H, W, the channels of a group), a float32 island: float32 in all but the input.
+    """Group normalisation over (H, W, the channels of a group), as the map that does it; a float32 island.
 
     Moments are taken over each row and channel first, then combined (Chan et al., 1983), in one pass over the picture:
     a running float32 sum over all 16 million pixels of a 5K photograph would lose its last digits.
@@ -90,8 +90,8 @@ class GroupNorm(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    @shaped("x: B H W C -> B H W C")
-    def __call__(self, x: Array) -> Array:
+    @shaped("x: B H W C")
+    def __call__(self, x: Array) -> Affine:
         batch, _, _, channels = x.shape
         gain = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
@@ -105,11 +105,11 @@ class GroupNorm(nn.Module):
         mean = per_group(row_mean)
         variance = per_group(row_variance + jnp.square(row_mean - mean))
         factor = (gain * jax.lax.rsqrt(variance + NORM_EPS))[:, None]
-        return x.astype(jnp.float32) * factor + (bias - mean[:, None] * factor)
+        return Affine(factor, bias - mean[:, None] * factor)
 
 
 class ResnetBlock(nn.Module):
-    """norm, silu, convolution, twice; added to the input."""
+    """norm, silu, convolution, twice; added to the input. The norm and silu run inside the convolution, see `bands`."""
 
     features: int
     groups: int
@@ -119,12 +119,12 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = nn.silu(GroupNorm(self.groups, self.param_dtype, name="norm1")(x)).astype(self.dtype)
-        h = Conv(self.features, **kinds, name="conv1")(h)
-        h = nn.silu(GroupNorm(self.groups, self.param_dtype, name="norm2")(h)).astype(self.dtype)
+        norm1 = GroupNorm(self.groups, self.param_dtype, name="norm1")(x)
+        h = Conv(self.features, **kinds, name="conv1")(x, activate=norm1)
+        norm2 = GroupNorm(self.groups, self.param_dtype, name="norm2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, size=1, **kinds, name="conv_shortcut")(x)
-        return Conv(self.features, **kinds, name="conv2")(h, plus=x)
+        return Conv(self.features, **kinds, name="conv2")(h, activate=norm2, plus=x)
 
 
 class Attention(nn.Module):
@@ -141,8 +141,8 @@ class Attention(nn.Module):
         def dense(name):
             return nn.Dense(channels, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
-        h = GroupNorm(self.groups, self.param_dtype, name="norm")(x).astype(self.dtype)
-        h = h.reshape(batch, height * width, channels)
+        norm = GroupNorm(self.groups, self.param_dtype, name="norm")(x)
+        h = norm(x).astype(self.dtype).reshape(batch, height * width, channels)
         h = blockwise_attention(dense("q")(h), dense("k")(h), dense("v")(h))
         return x + dense("out")(h).reshape(x.shape)
 
@@ -176,8 +176,8 @@ class _Half(nn.Module):
         return self.resnet(h.shape[-1], "mid_resnet_1")(h)
 
     def head(self, h: Array, features: int) -> Array:
-        h = nn.silu(GroupNorm(self.config.norm_num_groups, self.param_dtype, name="norm_out")(h)).astype(self.dtype)
-        return self.conv(features, "conv_out")(h).astype(jnp.float32)
+        norm = GroupNorm(self.config.norm_num_groups, self.param_dtype, name="norm_out")(h)
+        return self.conv(features, "conv_out")(h, activate=norm).astype(jnp.float32)
 
 
 class Encoder(_Half):

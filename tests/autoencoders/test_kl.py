@@ -122,7 +122,7 @@ def test_parameter_counts():
     counts = {name: size_of(abstract_params(kl.AUTOENCODER, config)) for name, config in kl.VARIANTS.items()}
     assert counts["sd3"] == counts["flux"] == 83_819_683
     assert counts["sdxl"] == 83_653_863
-    assert 1e6 < counts["tiny"] < 2e6
+    assert 5e5 < counts["tiny"] < 1e6
 
 
 @pytest.mark.parametrize("variant", ["sd3", "flux", "sdxl"])
@@ -205,10 +205,14 @@ def test_group_norm_in_closed_form():
     x = (rng.standard_normal((2, 33, 47, 12)) + 300 + 20 * rng.standard_normal(12)).astype(np.float32)
     norm = kl.GroupNorm(4)
     params = norm.init(jax.random.key(0), x)
+
+    def normed(x):
+        return norm.apply(params, x)(x)
+
     groups = x.astype(np.float64).reshape(2, 33 * 47, 4, 3)
     wanted = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
-    assert relative(norm.apply(params, x), wanted.reshape(x.shape)) < 1e-4
-    assert np.abs(norm.apply(params, jnp.full((1, 8, 8, 12), 7.3))).max() < 1e-2
+    assert relative(normed(x), wanted.reshape(x.shape)) < 1e-4
+    assert np.abs(normed(jnp.full((1, 8, 8, 12), 7.3))).max() < 1e-2
 
 
 def test_scale_and_back():
