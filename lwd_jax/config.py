@@ -69,6 +69,7 @@ class Reconstruction:
     lpips: float = 0.05  # weight of LPIPS-VGG; needs the extra [lpips]
     scales: tuple[int, ...] = (2, 4)  # drawn per step
     sample_posterior: bool = True  # decode a sample of the posterior; False: its mean
+    freeze_output: bool = True  # the decoder's last norm and convolution stay; False: from random weights
 
 
 @dataclass(frozen=True)

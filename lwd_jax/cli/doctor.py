@@ -34,7 +34,7 @@ from lwd_jax.train.checkpoint import FOLDER, check_same_run, damage, is_workdir
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.optimizer import trainable_paths
-from lwd_jax.train.program import FROZEN
+from lwd_jax.train.program import never_trained
 from lwd_jax.train.state import flat
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import fingerprint
@@ -163,7 +163,7 @@ def state_bytes(config: Config) -> tuple[int, int]:
     average where there is one. For AdamW; other optimizers keep less or as much.
     """
     leaves = flat(open_trained(config).abstract())
-    trained = trainable_paths(leaves, config.optimizer, FROZEN[config.stage])
+    trained = trainable_paths(leaves, config.optimizer, never_trained(config))
     count = sum(leaves[path].size for path in trained)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
     return count, weights + count * 4 * (3 if keeps_average(config) else 2)

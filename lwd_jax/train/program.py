@@ -1,12 +1,14 @@
 """Where model, objective and mesh meet: the two stages as losses, and the compiled program of one of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import Partial
 
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
@@ -19,10 +21,15 @@ from lwd_jax.train.optimizer import make_optimizer, trainable_paths
 from lwd_jax.train.state import State, flat, new_state, state_shardings
 from lwd_jax.train.step import Loss, keeps_average, make_step
 
-FROZEN = {  # what never trains, per stage
-    1: (r"^decoder/norm_out/", r"^decoder/conv_out/"),  # 3,715 parameters: the picture's last mapping stays the pretrained one
-    2: (r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$",),  # a table of sines, not a parameter of the original
-}
+_OUTPUT = (r"^decoder/norm_out/", r"^decoder/conv_out/")  # 3,715 parameters: the last mapping to a picture
+_TABLES = (r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$",)  # tables of sines, not parameters of the original
+
+
+def never_trained(config: Config) -> tuple[str, ...]:
+    """Path patterns that do not train in the stage of a config, whatever its optimizer section says."""
+    if config.stage == 1:
+        return _OUTPUT if config.reconstruction.freeze_output else ()
+    return _TABLES
 
 
 class Stage(NamedTuple):
@@ -30,7 +37,8 @@ class Stage(NamedTuple):
 
     Attributes:
       init: key -> random parameters.
-      loss: (params, batch, keys [B]) -> (float32 scalar, metrics).
+      loss: (params, batch, keys [B]) -> (float32 scalar, metrics). A loss with weights of its own (LPIPS) is a
+        jax.tree_util.Partial that holds them: they are handed to the compiled step and are no constants of it.
       batch: name -> ShapeDtypeStruct, a batch at the config's resolution.
       frozen: path patterns that never train.
     """
@@ -39,6 +47,24 @@ class Stage(NamedTuple):
     loss: Loss
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen: tuple[str, ...]
+
+
+class Step:
+    """The compiled step, `(State, batch, key) -> (State, metrics)`, with the stage's loss filled in."""
+
+    def __init__(self, jitted: Callable, loss: Loss, sharding: NamedSharding):
+        self._jitted, self._loss, self._sharding = jitted, Partial(loss), sharding
+
+    @functools.cached_property
+    def _placed(self):
+        return jax.device_put(self._loss, self._sharding)
+
+    def __call__(self, state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
+        return self._jitted(self._placed, state, batch, key)
+
+    def lower(self, state: State, batch: Any, key: jax.Array):
+        """As of a jitted function; abstract arguments will do."""
+        return self._jitted.lower(self._loss, state, batch, key)
 
 
 class Program(NamedTuple):
@@ -67,10 +93,10 @@ def autoencoder_stage(config: Config, module: nn.Module, init: Callable, percept
       config: of the run.
       module: the autoencoder.
       init: key -> its random parameters.
-      perceptual: (x, y) -> [B], or None where reconstruction.lpips is 0.
+      perceptual: (x, y) -> [B], a pytree of its weights (`load_lpips`), or None where reconstruction.lpips is 0.
     """
 
-    def loss(params, batch, keys):
+    def loss(perceptual, params, batch, keys):
         x = batch["picture"].astype(jnp.float32) / 127.5 - 1
         per_picture, metrics = reconstruction_loss(
             lambda x: module.apply({"params": params}, x, method="encode"),
@@ -83,7 +109,8 @@ def autoencoder_stage(config: Config, module: nn.Module, init: Callable, percept
         return per_picture.mean(), metrics
 
     side = config.resolution
-    return Stage(init, loss, {"picture": jax.ShapeDtypeStruct((config.data.batch_size, side, side, 3), jnp.uint8)}, FROZEN[1])
+    batch = {"picture": jax.ShapeDtypeStruct((config.data.batch_size, side, side, 3), jnp.uint8)}
+    return Stage(init, loss, batch, never_trained(config))
 
 
 def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) -> jax.Array:
@@ -129,7 +156,7 @@ def backbone_stage(config: Config, module: nn.Module, init: Callable, scale: Cal
         "token_mask": (size, tokens),
         "pooled": (size, model.pooled_projection_dim),
     }
-    return Stage(init, loss, {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in batch.items()}, FROZEN[2])
+    return Stage(init, loss, {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in batch.items()}, never_trained(config))
 
 
 # ------------------------------------------------------------------------------------------------------ program
@@ -182,14 +209,14 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
         return from_key(key) if params is None else from_params(jax.device_put(params, shardings.params))
 
     step = jax.jit(
-        make_step(stage.loss, trained, config),
-        in_shardings=(shardings, None, replicated(mesh)),
+        make_step(trained, config),
+        in_shardings=(replicated(mesh), shardings, None, replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=1,
     )
     return Program(
         init=init,
-        step=step,
+        step=Step(step, stage.loss, replicated(mesh)),
         batch=_with_shardings(stage.batch, batch_shardings(stage.batch, mesh)),
         state=_with_shardings(abstract, shardings),
     )
