@@ -111,7 +111,8 @@ def _parts(run: Run, photographs: list[Photograph], fast: bool) -> list[tuple[st
     def sample(models: Path, out: Path) -> list[str]:
         return ["sample", f"--models={models}", *prompts, f"--out={out}", "--batch=2", "--overwrite", *few]
 
-    plain = {"reconstruction__alpha": 0.0, "optimizer__learning_rate": 3e-3, "data__dataset": run.dataset}
+    plain = {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False, "optimizer__learning_rate": 3e-3}
+    plain["data__dataset"] = run.dataset
     return [
         ("cut the photographs into squares", lambda: _cut(photographs, run.crops), run.crops.is_dir()),
         (
