@@ -1,0 +1,254 @@
+"""How fast is a training step of stage 2, against the same step in PyTorch with diffusers, and what does the mask cost?
+
+Same weights, batch, loss, clipping and AdamW; master weights in float32, products in --dtype. The losses of both on the
+same noise and times must agree before anything is timed. The masked and the plain step run in turn, on one state.
+
+    python benchmarks/step.py                                              # a small model, on a CPU
+    python benchmarks/step.py --variant sd3-medium --resolution 1024 --dtype bfloat16 --batch 4 --compile   # a GPU
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory too
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers import SD3Transformer2DModel  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from saliency import with_torch  # noqa: E402
+
+from lwd_jax.backbones import sd3  # noqa: E402
+from lwd_jax.config import load_config  # noqa: E402
+from lwd_jax.nn.conditioning import Conditioning  # noqa: E402
+from lwd_jax.objective.matching import matching_loss  # noqa: E402
+from lwd_jax.parallel.mesh import make_mesh  # noqa: E402
+from lwd_jax.plan.flops import TRAINING, sd3_forward  # noqa: E402
+from lwd_jax.train.program import backbone_stage, build_program  # noqa: E402
+from lwd_jax.weights.model import abstract_params  # noqa: E402
+from lwd_jax.weights.table import read  # noqa: E402
+
+SCALING, SHIFT = 1.5305, 0.0609  # SD3's autoencoder
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by a part of the device's name
+AGREE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative difference of the two losses
+MASKS = {"masked": "time", "plain": "everywhere"}
+
+
+def config_of(args, mask: str):
+    return load_config(
+        {
+            "stage": 2,
+            "resolution": args.resolution,
+            "dtype": args.dtype,
+            "remat": args.remat,
+            "models": {"backbone_variant": args.variant},
+            "data": {"batch_size": args.batch},
+            "matching": {"mask": mask},
+            "optimizer": {"warmup": 0},
+            "training": {"ema": 0.0},
+        }
+    )
+
+
+def random_batch(args, config: sd3.Config) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    side = args.resolution // sd3.LATENT_FACTOR
+
+    def normal(*shape):
+        return rng.standard_normal((args.batch, *shape)).astype(np.float32)
+
+    return {
+        "mean": normal(side, side, config.in_channels),
+        "std": np.full((args.batch, side, side, config.in_channels), 0.01, np.float32),
+        "tokens": normal(args.text, config.joint_attention_dim),
+        "token_mask": np.ones((args.batch, args.text), np.float32),
+        "pooled": normal(config.pooled_projection_dim),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- PyTorch
+
+
+class TorchStep:
+    """The stage-2 step as one writes it with diffusers: autocast over float32 masters, fused AdamW."""
+
+    def __init__(self, args, config: sd3.Config, batch: dict[str, np.ndarray]):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.autocast = {"device_type": self.device, "dtype": torch.bfloat16, "enabled": args.dtype == "bfloat16"}
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            self.model = SD3Transformer2DModel(**sd3.to_foreign(config))
+        if args.remat != "none":
+            self.model.enable_gradient_checkpointing()
+        self.call = torch.compile(self.model) if args.compile else self.model
+        settings = config_of(args, "time").optimizer
+        self.clip = settings.clip
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps,
+            weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
+        self.batch = {name: self.tensor(value) for name, value in batch.items()}
+
+    def tensor(self, value: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.array(value)).to(self.device)
+        return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
+
+    def loss(self, z0, noise, t, masked: bool) -> torch.Tensor:
+        sigma = t[:, None, None, None]
+        with torch.autocast(**self.autocast):
+            velocity = self.call(
+                (1 - sigma) * z0 + sigma * noise, self.batch["tokens"], self.batch["pooled"], 1000 * t, return_dict=False
+            )[0]
+        error = velocity.float() - (noise - z0)
+        return ((with_torch(z0, t)[1] * error if masked else error) ** 2).mean()
+
+    def step(self, masked: bool) -> None:
+        sample = self.batch["mean"] + self.batch["std"] * torch.randn_like(self.batch["std"])
+        t = torch.sigmoid(torch.randn(sample.shape[0], device=self.device))
+        loss = self.loss((sample - SHIFT) * SCALING, torch.randn_like(sample), 3 * t / (1 + 2 * t), masked)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        else:
+            loss.item()
+
+
+# --------------------------------------------------------------------------------------------------------------- JAX
+
+
+class JaxSteps:
+    """The masked and the plain program of this package, over one state."""
+
+    def __init__(self, args, config: sd3.Config, batch: dict[str, np.ndarray], params):
+        self.module = sd3.SD3(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
+        self.batch, self.key = jax.device_put(batch), jax.random.key(0)
+        mesh = make_mesh(config_of(args, "time").mesh)
+        latent = batch["mean"].shape[1:]
+
+        def program(mask):
+            run = config_of(args, mask)
+            stage = backbone_stage(run, self.module, lambda _: params, lambda z: (z - SHIFT) * SCALING, latent, args.text)
+            return build_program(run, mesh, stage)
+
+        programs = {name: program(mask) for name, mask in MASKS.items()}
+        self.state = programs["masked"].init(self.key, params)
+        self.compiled, self.seconds = {}, {}
+        for name, made in programs.items():
+            start = time.perf_counter()
+            self.compiled[name] = made.step.lower(self.state, self.batch, self.key).compile()
+            self.seconds[name] = time.perf_counter() - start
+
+    def loss(self, z0, noise, t, matching) -> float:
+        cond = Conditioning(self.batch["tokens"], pooled=self.batch["pooled"])
+
+        def loss(params):
+            return matching_loss(lambda *given: self.module.apply({"params": params}, *given), z0, cond, t, noise, matching)
+
+        return float(jax.jit(lambda params: loss(params)[0].mean())(self.state.params))
+
+    def step(self, name: str) -> None:
+        self.state, metrics = self.compiled[name](self.state, self.batch, self.key)
+        jax.block_until_ready((self.state, metrics))
+
+
+# ------------------------------------------------------------------------------------------------------ measurement
+
+
+def check_agreement(args, theirs: TorchStep, ours: JaxSteps) -> dict[str, float]:
+    """The relative difference of both losses, masked and plain, on the same latents, noise and times.
+
+    Raises:
+      SystemExit: they differ by more than rounding.
+    """
+    rng = np.random.default_rng(1)
+    z0, noise = rng.standard_normal((2, *ours.batch["mean"].shape)).astype(np.float32)
+    t = rng.uniform(size=args.batch).astype(np.float32)
+    apart = {}
+    for name, mask in MASKS.items():
+        mine = ours.loss(z0, noise, t, config_of(args, mask).matching)
+        with torch.no_grad():
+            other = float(theirs.loss(*map(theirs.tensor, (z0, noise, t)), name == "masked"))
+        apart[name] = abs(mine - other) / abs(other)
+        if not apart[name] <= AGREE[args.dtype]:
+            raise SystemExit(f"The {name} losses differ: {mine} here, {other} in PyTorch. Nothing was timed.")
+    return apart
+
+
+def timed(steps: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, run in turn; two rounds are run before."""
+    seconds = {name: [] for name in steps}
+    for i in range(repeats + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dict[str, float], ours: JaxSteps) -> None:
+    side = args.resolution // sd3.LATENT_FACTOR
+    flops = args.batch * TRAINING * sd3_forward(config, side, side, args.text)
+    device = jax.devices()[0].device_kind
+    peak = next((value for name, value in PEAK.items() if name in device and args.dtype == "bfloat16"), None)
+    table = Table(
+        title=f"Stage-2 step: {args.variant}, {args.resolution} px, batch {args.batch}, {args.text} text tokens, {args.dtype}, "
+        f"remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by formula"
+    )
+    for name in ("step", "median ms", "fastest ms", "pictures/s", "TFLOP/s", "MFU", "speed-up"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    first = min(next(iter(seconds.values())))
+    for name, times in seconds.items():
+        fastest = min(times)  # other programs of the machine only ever add to it
+        table.add_row(
+            name, f"{1e3 * statistics.median(times):.1f}", f"{1e3 * fastest:.1f}", f"{args.batch / fastest:.3g}",
+            f"{flops / fastest / 1e12:.3g}", f"{flops / fastest / peak:.1%}" if peak else "-", f"{first / fastest:.2f}x",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    masked, plain = seconds["JAX, masked"], seconds["JAX, plain"]
+    console.print(f"Masked against plain: fastest {min(masked) / min(plain) - 1:+.2%}, "
+                  f"median {statistics.median(masked) / statistics.median(plain) - 1:+.2%}, {len(masked)} steps each.")  # fmt: skip
+    if apart:
+        agreement = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+        console.print(f"Losses of JAX and PyTorch differ by {agreement} (relative).")
+    console.print("Compiling: " + ", ".join(f"{name} {value:.1f} s" for name, value in ours.seconds.items()) + ".")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="tiny", choices=sorted(sd3.VARIANTS))
+    parser.add_argument("--resolution", type=int, default=256, help="px (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=sorted(AGREE))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--text", type=int, default=77, help="text tokens; SD3's are 333 (default: %(default)s)")
+    parser.add_argument("--remat", default="none", choices=["none", "attention", "full"], help="PyTorch: none or full")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch model")
+    parser.add_argument("--skip-torch", action="store_true", help="time JAX alone; weights still come from diffusers")
+    args = parser.parse_args()
+
+    config = sd3.VARIANTS[args.variant]
+    batch = random_batch(args, config)
+    theirs = TorchStep(args, config, batch)
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in theirs.model.state_dict().items()}
+    ours = JaxSteps(args, config, batch, read(sd3.weights(config), tensors, abstract_params(sd3.BACKBONE, config)))
+    steps, apart = {}, {}
+    if not args.skip_torch:
+        apart = check_agreement(args, theirs, ours)
+        kind = "PyTorch compiled" if args.compile else "PyTorch"
+        steps = {f"{kind}, {name}": lambda name=name: theirs.step(name == "masked") for name in MASKS}
+    steps |= {f"JAX, {name}": lambda name=name: ours.step(name) for name in MASKS}
+    report(args, config, timed(steps, args.repeats), apart, ours)
+
+
+if __name__ == "__main__":
+    main()
