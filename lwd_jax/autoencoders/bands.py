@@ -68,13 +68,32 @@ class Step(NamedTuple):
     padding: Padding
 
 
-def _convolve_whole(step: Step, x: Array, kernel: Array, bias: Array, plus: Array | None) -> Array:
+class Affine(NamedTuple):
+    """x -> x * factor + offset in float32, both [B 1 1 C]: group normalisation, once its moments are known."""
+
+    factor: Array
+    offset: Array
+
+    def __call__(self, x: Array) -> Array:
+        return x.astype(jnp.float32) * self.factor + self.offset
+
+
+def _activated(activate: Affine | None, x: Array) -> Array:
+    return x if activate is None else nn.silu(activate(x)).astype(x.dtype)
+
+
+def _convolve_whole(
+    step: Step, x: Array, kernel: Array, bias: Array, activate: Affine | None, plus: Array | None
+) -> Array:
+    x = _activated(activate, x)
     strides, numbers = (step.stride, step.stride), ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(x, kernel, strides, step.padding, dimension_numbers=numbers) + bias
     return y if plus is None else y + plus
 
 
-def _convolve_bands(step: Step, band: int, x: Array, kernel: Array, bias: Array, plus: Array | None) -> Array:
+def _convolve_bands(
+    step: Step, band: int, x: Array, kernel: Array, bias: Array, activate: Affine | None, plus: Array | None
+) -> Array:
     batch, height, width, channels = x.shape
     vertical, horizontal = step.padding
     rows = (height + sum(vertical) - kernel.shape[0]) // step.stride + 1
@@ -85,28 +104,39 @@ def _convolve_bands(step: Step, band: int, x: Array, kernel: Array, bias: Array,
     bits, added = _bits(x), None if plus is None else _bits(plus)
 
     def convolved(start):
-        # Zeros go around the band, not around x: all large arrays are of one size, and take each other's places.
+        # Zeros go around the activated band, not around x: all large arrays have one size and take each other's places.
         wanted = start * step.stride - vertical[0]
         there = jnp.clip(wanted, 0, height - span)
-        part = jnp.pad(_rows(bits, there, span, x.dtype), ((0, 0), vertical, (0, 0), (0, 0)))
+        part = _activated(activate, _rows(bits, there, span, x.dtype))
+        part = jnp.pad(part, ((0, 0), vertical, (0, 0), (0, 0)))
         part = _rows(part, wanted - there + vertical[0], span, x.dtype)
         more = None if added is None else _rows(added, start, size, x.dtype)
-        return _bits(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, more))
+        return _bits(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, None, more))
 
-    # Every row is overwritten. Zeros would be one constant, kept and copied for all convolutions of this shape.
+    # Every row is overwritten. The value at the start is one of x, so that this buffer is made when x is there:
+    # constants would be made at the program's start, for all convolutions at once.
     result = jnp.full((batch, rows, columns, kernel.shape[-1]), bits[0, 0, 0, 0])
     return _values(_write_bands(result, size, convolved), x.dtype)
 
 
 def convolve(
-    step: Step, x: Array, kernel: Array, bias: Array, plus: Array | None = None, limits: Limits = Limits()
+    step: Step,
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    activate: Affine | None = None,
+    plus: Array | None = None,
+    limits: Limits = Limits(),
 ) -> Array:
-    """[B H W C] convolved with a [kh kw C D] kernel, plus a [D] bias, plus `plus` of the result's shape."""
+    """silu(activate(x)), [B H W C], convolved with a [kh kw C D] kernel, plus a [D] bias, plus `plus`.
+
+    Without `activate`, x itself. `plus` has the shape of the result.
+    """
     whole = functools.partial(_convolve_whole, step)
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
     if elements <= limits.whole or x.shape[1] < kernel.shape[0]:
-        return whole(x, kernel, bias, plus)
-    return _by_platform(whole, functools.partial(_convolve_bands, step, limits.band))(x, kernel, bias, plus)
+        return whole(x, kernel, bias, activate, plus)
+    return _by_platform(whole, functools.partial(_convolve_bands, step, limits.band))(x, kernel, bias, activate, plus)
 
 
 def _moments_whole(x: Array) -> Array:
@@ -147,11 +177,12 @@ class Conv(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, plus: Array | None = None) -> Array:
-        """[B H W C] -> [B H' W' features] in `dtype`; `plus` is added to the result."""
+    def __call__(self, x: Array, activate: Affine | None = None, plus: Array | None = None) -> Array:
+        """[B H W C] -> [B H' W' features] in `dtype`, of silu(activate(x)) where given; `plus` is added to it."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         around = (self.size // 2, self.size // 2)
         step = Step(self.stride, self.padding if self.padding is not None else (around, around))
-        return convolve(step, *(a if a is None else a.astype(self.dtype) for a in (x, kernel, bias, plus)))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return convolve(step, x, kernel, bias, activate, None if plus is None else plus.astype(self.dtype))

@@ -108,16 +108,18 @@ def _sharded(index: Path) -> dict[str, Stored]:
     if not isinstance(place, dict):
         raise UserError(f"{index} has no weight_map.")
     tensors: dict[str, Stored] = {}
-    for shard in sorted(set(place.values())):
+    shards = sorted(set(place.values()))
+    for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{index} names '{shard}', which is not a safetensors file of its own folder.")
         if not (index.parent / shard).is_file():
             raise UserError(f"{index} names the shard {shard}, which is missing.")
+    for shard in shards:
         header = _header(index.parent / shard)
         expected = {name for name, file in place.items() if file == shard}
         wrong = sorted(expected ^ set(header))
         if wrong:
-            raise UserError(f"{index} and its shard {shard} disagree about {len(wrong)} tensors, such as '{wrong[0]}'.")
+            raise UserError(f"{index} and its shard {shard} disagree about '{wrong[0]}' ({len(wrong)} in all).")
         tensors |= header
     return tensors
 

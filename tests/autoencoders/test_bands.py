@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwd_jax.autoencoders.bands import Limits, Step, convolve, row_moments
+from lwd_jax.autoencoders.bands import Affine, Limits, Step, convolve, row_moments
 
 SAME, HALVE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 
@@ -20,6 +20,7 @@ def test_bands_equal_the_whole(stride, padding, size, height):
     x = jax.random.normal(keys[0], (2, height, 14, 3))
     kernel = jax.random.normal(keys[1], (size, size, 3, 5))
     bias = jax.random.normal(keys[2], (5,))
+    activate = Affine(*jax.random.normal(keys[2], (2, 2, 1, 1, 3)))
     plus = jax.random.normal(keys[3], (2, height // stride, 14 // stride, 5))
 
     def both(whole, band):
@@ -27,7 +28,7 @@ def test_bands_equal_the_whole(stride, padding, size, height):
             y = convolve(Step(stride, padding), *operands, limits=Limits(whole, band))
             return jnp.sum(jnp.sin(y)), y
 
-        return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(x, kernel, bias, plus)
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(x, kernel, bias, activate, plus)
 
     wanted = jax.tree.leaves(both(1 << 20, 1))
     for band in (1, 2 * 14 * 5 * 4, 1 << 20):
