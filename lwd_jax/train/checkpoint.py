@@ -97,9 +97,8 @@ def damage(step: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ config
 
 
-def _fields(config: configs.Config | dict) -> dict[str, Any]:
-    values = config if isinstance(config, dict) else json.loads(configs.to_json(config))
-    return {name.replace("/", "."): value for name, value in flat(values).items()}
+def _fields(config: configs.Config) -> dict[str, Any]:
+    return {name.replace("/", "."): value for name, value in flat(dataclasses.asdict(config)).items()}
 
 
 def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
@@ -108,14 +107,13 @@ def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
     Raises:
       UserError: names the field and both values. `training.steps` may change only where the learning rate does not depend on it.
     """
-    old, new = _fields(saved), _fields(config)
-    for name in sorted(old.keys() | new.keys()):
-        same = old.get(name) == new.get(name)
+    old, new = _fields(configs.load_json(json.dumps(saved))), _fields(config)
+    for name in sorted(new):
         bound = name == "training.steps" and config.optimizer.schedule != "constant"
-        if not same and (bound or not HARMLESS.match(name)):
+        if old[name] != new[name] and (bound or not HARMLESS.match(name)):
             raise UserError(
-                f"The run in {where} was started with {name} = {old.get(name)!r}, but the config now says "
-                f"{new.get(name)!r}; use a new --workdir for another run."
+                f"The run in {where} was started with {name} = {old[name]!r}, but the config now says {new[name]!r}; "
+                "use a new --workdir for another run."
             )
 
 

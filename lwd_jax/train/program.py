@@ -53,7 +53,8 @@ class Step:
     """The compiled step, `(State, batch, key) -> (State, metrics)`, with the stage's loss filled in."""
 
     def __init__(self, jitted: Callable, loss: Loss, sharding: NamedSharding):
-        self._jitted, self._loss, self._sharding = jitted, Partial(loss), sharding
+        self._jitted, self._sharding = jitted, sharding
+        self._loss = loss if isinstance(loss, Partial) else Partial(loss)  # a Partial of a Partial would hide its leaves
 
     @functools.cached_property
     def _placed(self):

@@ -85,8 +85,8 @@ def keeps_average(config: configs.Config) -> bool:
     return config.training.ema > 0 or config.optimizer.name == SCHEDULE_FREE
 
 
-def make_step(loss: Loss, trained: frozenset[str], config: configs.Config) -> Callable:
-    """`(state, batch, key) -> (state, metrics)`; to be jitted with the state donated.
+def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
+    """`(loss, state, batch, key) -> (state, metrics)`; to be jitted with the state donated.
 
     A step whose loss or gradient norm is not finite leaves the state as it was, but for the counters. The learning rate's
     schedule counts the steps that were taken.
@@ -96,7 +96,7 @@ def make_step(loss: Loss, trained: frozenset[str], config: configs.Config) -> Ca
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     rate = learning_rate(config.optimizer, config.training.steps)
 
-    def step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
+    def step(loss: Loss, state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
         pictures = jax.tree.leaves(batch)[0].shape[0]
         keys = picture_keys(key, state.step, pictures)
         trainable, frozen = split(state.params, trained)
