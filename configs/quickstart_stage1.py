@@ -19,7 +19,7 @@ def get_config():
             "dtype": "float32",
             "remat": "none",
             "models": {"autoencoder_variant": "tiny"},
-            "data": {"batch_size": 8, "workers": 0, "buckets": False, "held_out": 8},
+            "data": {"batch_size": 4, "workers": 0, "buckets": False, "held_out": 8},
             # LPIPS is left out: its weights are an extra download.
             "reconstruction": {"distance": "l1", "alpha": 0.25, "beta": 1e-4, "lpips": 0.0, "scales": (2, 4)},
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "cosine", "warmup": 20},

@@ -27,7 +27,7 @@ from lwd_jax.train.checkpoint import FOLDER
 EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~/photographs --workdir runs/mine"
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
-STEPS = {"before": 600, "after": 150, "backbone": 500}  # training steps of the parts
+STEPS = {"before": 400, "after": 150, "backbone": 400}  # training steps of the parts
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 
 
