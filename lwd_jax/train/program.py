@@ -54,7 +54,8 @@ class Step:
 
     def __init__(self, jitted: Callable, loss: Loss, sharding: NamedSharding):
         self._jitted, self._sharding = jitted, sharding
-        self._loss = loss if isinstance(loss, Partial) else Partial(loss)  # a Partial of a Partial would hide its leaves
+        # A Partial of a Partial would hide its leaves.
+        self._loss = loss if isinstance(loss, Partial) else Partial(loss)
 
     @functools.cached_property
     def _placed(self):
@@ -111,7 +112,7 @@ def autoencoder_stage(config: Config, module: nn.Module, init: Callable, percept
 
     side = config.resolution
     batch = {"picture": jax.ShapeDtypeStruct((config.data.batch_size, side, side, 3), jnp.uint8)}
-    return Stage(init, loss, batch, never_trained(config))
+    return Stage(init, Partial(loss, perceptual), batch, never_trained(config))
 
 
 def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) -> jax.Array:
@@ -119,7 +120,9 @@ def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) 
     return scale(mean + std * jax.random.normal(key, mean.shape))
 
 
-def backbone_stage(config: Config, module: nn.Module, init: Callable, scale: Callable, latent: tuple, tokens: int) -> Stage:
+def backbone_stage(
+    config: Config, module: nn.Module, init: Callable, scale: Callable, latent: tuple, tokens: int
+) -> Stage:
     """Stage 2: flow matching under the wavelet mask, on cached posteriors and text states.
 
     Args:
@@ -150,14 +153,15 @@ def backbone_stage(config: Config, module: nn.Module, init: Callable, scale: Cal
         return per_picture.mean(), metrics
 
     size = config.data.batch_size
-    batch = {
+    shapes = {
         "mean": (size, *latent),
         "std": (size, *latent),
         "tokens": (size, tokens, model.joint_attention_dim),
         "token_mask": (size, tokens),
         "pooled": (size, model.pooled_projection_dim),
     }
-    return Stage(init, loss, {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in batch.items()}, never_trained(config))
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return Stage(init, loss, batch, never_trained(config))
 
 
 # ------------------------------------------------------------------------------------------------------ program
@@ -173,8 +177,8 @@ def _check_sizes(config: Config, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStru
     for name, leaf in batch.items():
         if len(leaf.shape) == 4 and leaf.shape[1] % mesh.shape["context"]:
             raise UserError(
-                f"The height of '{name}' is {leaf.shape[1]} at resolution {config.resolution}, which does not divide over "
-                f"mesh.context = {mesh.shape['context']}."
+                f"The height of '{name}' is {leaf.shape[1]} at resolution {config.resolution}, which does not divide "
+                f"over mesh.context = {mesh.shape['context']}."
             )
 
 
