@@ -39,6 +39,10 @@ AGREE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative difference of the two lo
 MASKS = {"masked": "time", "plain": "everywhere"}
 
 
+def scaled(z):
+    return (z - SHIFT) * SCALING
+
+
 def config_of(args, mask: str):
     return load_config(
         {
@@ -101,16 +105,15 @@ class TorchStep:
     def loss(self, z0, noise, t, masked: bool) -> torch.Tensor:
         sigma = t[:, None, None, None]
         with torch.autocast(**self.autocast):
-            velocity = self.call(
-                (1 - sigma) * z0 + sigma * noise, self.batch["tokens"], self.batch["pooled"], 1000 * t, return_dict=False
-            )[0]
+            z_t = (1 - sigma) * z0 + sigma * noise
+            velocity = self.call(z_t, self.batch["tokens"], self.batch["pooled"], 1000 * t, return_dict=False)[0]
         error = velocity.float() - (noise - z0)
         return ((with_torch(z0, t)[1] * error if masked else error) ** 2).mean()
 
     def step(self, masked: bool) -> None:
         sample = self.batch["mean"] + self.batch["std"] * torch.randn_like(self.batch["std"])
         t = torch.sigmoid(torch.randn(sample.shape[0], device=self.device))
-        loss = self.loss((sample - SHIFT) * SCALING, torch.randn_like(sample), 3 * t / (1 + 2 * t), masked)
+        loss = self.loss(scaled(sample), torch.randn_like(sample), 3 * t / (1 + 2 * t), masked)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -135,7 +138,7 @@ class JaxSteps:
 
         def program(mask):
             run = config_of(args, mask)
-            stage = backbone_stage(run, self.module, lambda _: params, lambda z: (z - SHIFT) * SCALING, latent, args.text)
+            stage = backbone_stage(run, self.module, lambda _: params, scaled, latent, args.text)
             return build_program(run, mesh, stage)
 
         programs = {name: program(mask) for name, mask in MASKS.items()}
@@ -150,9 +153,12 @@ class JaxSteps:
         cond = Conditioning(self.batch["tokens"], pooled=self.batch["pooled"])
 
         def loss(params):
-            return matching_loss(lambda *given: self.module.apply({"params": params}, *given), z0, cond, t, noise, matching)
+            def predict(*given):
+                return self.module.apply({"params": params}, *given)
 
-        return float(jax.jit(lambda params: loss(params)[0].mean())(self.state.params))
+            return matching_loss(predict, z0, cond, t, noise, matching)[0].mean()
+
+        return float(jax.jit(loss)(self.state.params))
 
     def step(self, name: str) -> None:
         self.state, metrics = self.compiled[name](self.state, self.batch, self.key)
@@ -200,8 +206,8 @@ def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dic
     device = jax.devices()[0].device_kind
     peak = next((value for name, value in PEAK.items() if name in device and args.dtype == "bfloat16"), None)
     table = Table(
-        title=f"Stage-2 step: {args.variant}, {args.resolution} px, batch {args.batch}, {args.text} text tokens, {args.dtype}, "
-        f"remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by formula"
+        title=f"Stage-2 step: {args.variant}, {args.resolution} px, batch {args.batch}, {args.text} text tokens, "
+        f"{args.dtype}, remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by formula"
     )
     for name in ("step", "median ms", "fastest ms", "pictures/s", "TFLOP/s", "MFU", "speed-up"):
         table.add_column(name, justify="left" if name == "step" else "right")
@@ -210,13 +216,14 @@ def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dic
         fastest = min(times)  # other programs of the machine only ever add to it
         table.add_row(
             name, f"{1e3 * statistics.median(times):.1f}", f"{1e3 * fastest:.1f}", f"{args.batch / fastest:.3g}",
-            f"{flops / fastest / 1e12:.3g}", f"{flops / fastest / peak:.1%}" if peak else "-", f"{first / fastest:.2f}x",
+            f"{flops / fastest / 1e12:.3g}", f"{flops / fastest / peak:.1%}" if peak else "-",
+            f"{first / fastest:.2f}x",
         )  # fmt: skip
     console = Console()
     console.print(table)
     masked, plain = seconds["JAX, masked"], seconds["JAX, plain"]
-    console.print(f"Masked against plain: fastest {min(masked) / min(plain) - 1:+.2%}, "
-                  f"median {statistics.median(masked) / statistics.median(plain) - 1:+.2%}, {len(masked)} steps each.")  # fmt: skip
+    fastest, median = min(masked) / min(plain) - 1, statistics.median(masked) / statistics.median(plain) - 1
+    console.print(f"Masked against plain: fastest {fastest:+.2%}, median {median:+.2%}, {len(masked)} steps each.")
     if apart:
         agreement = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
         console.print(f"Losses of JAX and PyTorch differ by {agreement} (relative).")

@@ -1,7 +1,8 @@
 """SD3's backbone, the MMDiT (Scaling Rectified Flow Transformers, arXiv 2403.03206), and its SD3.5 variants.
 
-Picture and text tokens keep weights of their own and meet in attention. SD3.5 normalises queries and keys (RMS); SD3.5
-medium has a second attention, among picture tokens alone, in its first blocks. Equal to diffusers' SD3Transformer2DModel.
+Picture and text tokens keep weights of their own and meet in attention. SD3.5 normalises queries and keys (RMS);
+SD3.5-medium has a second attention, among picture tokens alone, in its first blocks. Equal to diffusers'
+SD3Transformer2DModel.
 """
 
 import dataclasses
@@ -227,7 +228,8 @@ class SD3(nn.Module):
 
 def groups(config: Config) -> list[tuple[str, int, bool]]:
     """(name, count, dual) of the runs of equal blocks before the last one."""
-    runs = [("dual_blocks", config.dual_layers, True), ("joint_blocks", config.num_layers - 1 - config.dual_layers, False)]
+    joint = config.num_layers - 1 - config.dual_layers
+    runs = [("dual_blocks", config.dual_layers, True), ("joint_blocks", joint, False)]
     return [run for run in runs if run[1]]
 
 
@@ -290,7 +292,7 @@ def _by_axis(table: np.ndarray) -> np.ndarray:
     for i in range(size):
         apart = max(np.abs(grid[i, :, :half] - columns).max(), np.abs(grid[:, i, half:] - rows).max())
         if apart > _TOLERANCE:
-            raise UserError("The position table 'pos_embed.pos_embed' is not made of one part per column and one per row.")
+            raise UserError("The position table 'pos_embed.pos_embed' is not one part per column and one per row.")
     return np.stack([columns, rows])
 
 
@@ -313,9 +315,11 @@ def _linear(foreign: str, ours: str, start: int = 0, count: int = 0) -> list[Row
 
 
 def _attention_rows(config: Config, theirs: str, ours: str, names: tuple[str, ...], norms: str, where) -> list[Row]:
-    rows = [row for name, letter in zip(names, ("q", "k", "v", "out")) for row in _linear(f"{theirs}.{name}", f"{ours}/{letter}", *where)]
-    if config.qk_norm:
-        rows += [Row(f"{theirs}.{norms}_{letter}.weight", f"{ours}/{letter}_norm/scale", SAME, *where) for letter in "qk"]
+    rows = []
+    for name, letter in zip(names, ("q", "k", "v", "out")):
+        rows += _linear(f"{theirs}.{name}", f"{ours}/{letter}", *where)
+    for letter in "qk" if config.qk_norm else "":
+        rows.append(Row(f"{theirs}.{norms}_{letter}.weight", f"{ours}/{letter}_norm/scale", SAME, *where))
     return rows
 
 

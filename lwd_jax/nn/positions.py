@@ -57,8 +57,8 @@ def grid_positions(table, height: int, width: int):
     """Embedding of a grid of height x width tokens.
 
     Args:
-      table: [2 S D] entries along x (0) and y (1); the first D channels of a token are its column's entry, the last D its
-        row's.
+      table: [2 S D] entries along x (0) and y (1); the first D channels of a token are its column's entry, the last D
+        its row's.
       height, width: in tokens.
 
     Returns:

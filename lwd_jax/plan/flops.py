@@ -1,7 +1,7 @@
 """Floating-point operations by formula. A product of [m k] and [k n] is 2 m n k; what is not a product is not counted.
 
-`compiled.cost_analysis()` counts the body of a scan once and does not see fused kernels, so utilisation is stated against
-these.
+`compiled.cost_analysis()` counts the body of a scan once and does not see fused kernels, so utilisation is stated
+against these.
 """
 
 from lwd_jax.backbones import sd3

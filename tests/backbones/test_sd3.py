@@ -204,7 +204,7 @@ def test_table_there_and_back_is_the_identity():
 
 
 def test_a_checkpoints_own_position_table_is_used_and_kept():
-    """Another table of one part per column and row, in half precision as releases are: used as it is, written as it was."""
+    """Another table of one part per column and row, in half precision as releases are: used and written as it was."""
     torch = pytest.importorskip("torch")
     model = foreign_model(PLAIN)
     size, half = PLAIN.pos_embed_max_size, PLAIN.width // 2
