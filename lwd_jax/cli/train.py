@@ -19,10 +19,10 @@ EXAMPLE = "lwd train --config=configs/stage2_sd3_1024.py --workdir=runs/stage2 -
 
 
 def arguments(parser) -> None:
-    parser.add_argument("--config", required=True, help="a file of configs/, or a config.json; fields: --config.a.b=value")
+    parser.add_argument("--config", required=True, help="file of configs/, or a config.json; --config.a.b=value")
     parser.add_argument("--workdir", required=True, help="folder of the run: new, or the run to resume")
     parser.add_argument(
-        "--distributed", action="store_true", help="one of several processes (hosts) of the same run; each gets this command"
+        "--distributed", action="store_true", help="one of several hosts of the same run; each gets this command"
     )
 
 
@@ -53,8 +53,11 @@ def run(args) -> int:
     outcome = train(config, args.workdir)
     if outcome.signal:
         name = signal.Signals(outcome.signal).name
-        print(f"Stopped by {name} at step {outcome.step} of {config.training.steps}, saved in {args.workdir}. Next: the same command resumes.")
+        print(
+            f"Stopped by {name} at step {outcome.step} of {config.training.steps}, saved in {args.workdir}. Next: the "
+            "same command resumes."
+        )
         return 128 + outcome.signal
-    following = "lwd encode --dataset DATASET --out LATENTS --models" if config.stage == 1 else "lwd sample --prompt TEXT --out D --models"
-    print(f"Trained to step {outcome.step}, saved in {args.workdir}. Next: {following} {args.workdir}")
+    following = {1: "lwd encode --dataset DATASET --out LATENTS", 2: "lwd sample --prompt TEXT --out D"}[config.stage]
+    print(f"Trained to step {outcome.step}, saved in {args.workdir}. Next: {following} --models {args.workdir}")
     return 0

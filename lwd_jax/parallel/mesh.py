@@ -29,7 +29,7 @@ def mesh_shape(config: configs.Mesh, devices: int) -> tuple[int, ...]:
     shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in AXES)
     if math.prod(shape) != devices:
         raise UserError(
-            f"The mesh ({written}) uses {math.prod(shape)} of {devices} devices; set one axis to -1 to use what is left."
+            f"The mesh ({written}) uses {math.prod(shape)} of {devices} devices; set one axis to -1 to use the rest."
         )
     return shape
 
@@ -81,9 +81,9 @@ def part_of_process(processes: np.ndarray, process: int) -> tuple[int, int]:
     held = {int(p): tuple(np.flatnonzero((rows == p).any(axis=1))) for p in np.unique(rows)}
     parts = sorted(set(held.values()))
     if sorted(row for part in parts for row in part) != list(range(len(rows))) or len(set(map(len, parts))) != 1:
-        raise UserError("The mesh splits one process's pictures over another's; put fewer devices on context or tensor.")
+        raise UserError("The mesh makes processes share some pictures only; put fewer devices on context or tensor.")
     if [row for part in parts for row in part] != list(range(len(rows))):
-        raise UserError("The mesh interleaves the pictures of the processes; put the processes on one axis of the mesh.")
+        raise UserError("The mesh interleaves the pictures of the processes; put the processes on one of its axes.")
     return parts.index(held[process]), len(parts)
 
 

@@ -1,9 +1,10 @@
 """Checkpoints: the complete state, the data position and the resolved config, saved by Orbax in the background.
 
-`workdir/checkpoints/<step>/` holds the items `params`, `ema` (if there is one), `rest` (optimizer, counters) and `run` (JSON).
+`workdir/checkpoints/<step>/` holds the items `params`, `ema` (if there is one), `rest` (optimizer, counters) and `run`
+(JSON).
 Orbax commits a step by renaming its folder, so that a killed run leaves whole steps only; it does not see bit rot, and
-a full disk shows only when the save is waited for. So a CRC-32 of every file is written into the committed step (MANIFEST) and
-compared before it is read, and `finish` waits and looks.
+a full disk shows only when the save is waited for. So a CRC-32 of every file is written into the committed step
+(MANIFEST) and compared before it is read, and `finish` waits and looks.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 # A run may be continued with another value of these; every other field changes what is computed.
 HARMLESS = re.compile(
     r"^(name|remat|data\.workers|mesh\..*|sampling\..*"
-    r"|training\.(steps|log_every|save_every|keep|preview_every|preview_prompts|nonfinite_limit|profile_start|profile_stop))$"
+    r"|training\.(steps|log_every|save_every|keep|preview_every|preview_prompts|nonfinite_limit)"
+    r"|training\.profile_(start|stop))$"
 )
 
 log = logging.getLogger(__name__)
@@ -76,8 +78,8 @@ def write_manifest(step: Path) -> None:
 
 
 def damage(step: Path) -> str:
-    """What is wrong with a step's files, or "": a name and what happened to it. Without a manifest (the run was killed in the
-    moment after the commit) nothing can be said against it."""
+    """What is wrong with a step's files, or "": a name and what happened to it. Without a manifest (the run was killed
+    in the moment after the commit) nothing can be said against it."""
     path = step / MANIFEST
     if not path.is_file():
         return ""
@@ -105,7 +107,8 @@ def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
     """Refuses to continue a run with another description of what is computed.
 
     Raises:
-      UserError: names the field and both values. `training.steps` may change only where the learning rate does not depend on it.
+      UserError: names the field and both values. `training.steps` may change only where the learning rate does not
+        depend on it.
     """
     old, new = _fields(configs.load_json(json.dumps(saved))), _fields(config)
     for name in sorted(new):
@@ -126,10 +129,12 @@ def _check_arrays(saved: Any, wanted: Any, step: Path) -> None:
     """Orbax casts silently: compare names, shapes and dtypes of the parameters first."""
     saved, wanted = flat(saved), flat(wanted)
     for name in sorted(saved.keys() | wanted.keys()):
-        old, new = ((tuple(a.shape), str(a.dtype)) if a is not None else None for a in (saved.get(name), wanted.get(name)))
+        pair = (saved.get(name), wanted.get(name))
+        old, new = ((tuple(a.shape), str(a.dtype)) if a is not None else None for a in pair)
         if old != new:
             raise UserError(
-                f"{step} holds the parameter '{name}' as {old or 'nothing'}, but the model of this config has {new or 'none'}."
+                f"{step} holds the parameter '{name}' as {old or 'nothing'}, but the model of this config has "
+                f"{new or 'none'}."
             )
 
 
@@ -162,7 +167,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, data: dict, config: configs.Config) -> None:
-        """Starts saving; returns when the state is copied to the host. A step that is there already is left as it is."""
+        """Starts saving; returns when the state is copied to the host. A step that is there already is left alone."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -178,7 +183,7 @@ class Checkpoints:
         self._unsealed = step
 
     def seal(self, wait: bool = False) -> None:
-        """Writes the manifest of a save that has been committed, in a thread; called once a step. `wait`: until it is written."""
+        """Writes the manifest of a committed save, in a thread; called once a step. `wait`: until it is written."""
         if wait:
             self._manager.wait_until_finished()
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
@@ -231,7 +236,7 @@ class Checkpoints:
         return None
 
     def _put_aside(self, step: int, wrong: str) -> None:
-        log.warning("checkpoint %s of %s is damaged (%s); going back to the one before", step, self.folder.parent, wrong)
+        log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, self.folder.parent, wrong)
         self._manager.close()
         if jax.process_index() == 0:
             aside = self.folder.parent / DAMAGED

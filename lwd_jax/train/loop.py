@@ -79,8 +79,8 @@ class _Reporter:
         if metrics["streak"] >= self._limit:
             bad = [name for name in ("loss", "grad_norm") if not abs(float(metrics[name])) < float("inf")]
             raise UserError(
-                f"{' and '.join(bad)} not finite for {int(metrics['streak'])} steps in a row, up to step {step}; the state "
-                "is as it was before them. Lower optimizer.learning_rate, or look at the data."
+                f"{' and '.join(bad)} not finite for {int(metrics['streak'])} steps in a row, up to step {step}; the "
+                "state is as it was before them. Lower optimizer.learning_rate, or look at the data."
             )
 
     def flush(self, step: int, extra: dict, away: float = 0.0) -> None:
@@ -113,7 +113,7 @@ def _progress() -> Progress:
 
 
 class _Profiler:
-    """A trace of the steps profile_start .. profile_stop - 1 into workdir/profile; what is open is closed with the run."""
+    """A trace of the steps profile_start .. profile_stop - 1 in workdir/profile; closed with the run at the latest."""
 
     def __init__(self, config: Config, workdir: Path):
         self._start, self._stop = config.training.profile_start, config.training.profile_stop

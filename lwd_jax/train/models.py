@@ -1,7 +1,7 @@
 """The models of a config: random, from a diffusers folder, or from the workdir of an earlier run.
 
-A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes, as diffusers writes them) and, in stage 2,
-whose latents it trains on; so it can be opened without the folder it was started from.
+A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes, as diffusers writes them) and, in stage
+2, whose latents it trains on; so it can be opened without the folder it was started from.
 """
 
 import json
@@ -25,7 +25,7 @@ MODEL_FILE = "model.json"
 
 
 class Kind(NamedTuple):
-    """One of the two models of a run: the field of config.models, its table, its folder in a pipeline, the stage that trains it."""
+    """One of the two models of a run: its field of config.models, table, folder in a pipeline, stage it trains in."""
 
     field: str
     models: dict[str, Model]
@@ -35,7 +35,8 @@ class Kind(NamedTuple):
 
 AUTOENCODER = Kind("autoencoder", AUTOENCODERS, "vae", 1)
 BACKBONE = Kind("backbone", BACKBONES, "transformer", 2)
-_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ()}  # fields of a model's Config that change nothing here
+# Fields of a model's Config that change nothing here.
+_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ()}
 TRAINED = {kind.stage: kind for kind in (AUTOENCODER, BACKBONE)}
 
 
@@ -45,7 +46,8 @@ class Opened(NamedTuple):
     Attributes:
       model: the row of the table.
       module: with config, dtype, param_dtype and remat set.
-      params: `params(shardings=None)` reads them (a function from the abstract tree to layouts); None = random ones are meant.
+      params: `params(shardings=None)` reads them (a function from the abstract tree to layouts); None = random ones are
+        meant.
     """
 
     model: Model

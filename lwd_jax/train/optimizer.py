@@ -57,8 +57,8 @@ SCHEDULES = {  # remaining share of the learning rate at a share p in [0, 1] of 
 def learning_rate(config: configs.Optimizer, steps: int) -> Callable:
     """The schedule: count of taken steps -> learning rate (float32).
 
-    Step k of the warm-up (k = 0, 1, ..) uses (k + 1) / warmup of the rate, so that no step is lost; then the named decay runs to
-    0 at `steps`.
+    Step k of the warm-up (k = 0, 1, ..) uses (k + 1) / warmup of the rate, so that no step is lost; then the named
+    decay runs to 0 at `steps`.
 
     Raises:
       UserError: an unknown schedule, or a decay that would begin after the last step.
@@ -106,7 +106,8 @@ def _prodigy(rate, config):
     """optax's Prodigy decays every parameter; here its own decay is 0 and the masked one is added beside it."""
     if config.learning_rate < 0.01:
         raise UserError(
-            f"Prodigy finds the step size itself: optimizer.learning_rate is a factor near 1, not {config.learning_rate}."
+            "Prodigy finds the step size itself: optimizer.learning_rate is a factor near 1, not "
+            f"{config.learning_rate}."
         )
     prodigy = optax.contrib.prodigy(rate, betas=(config.b1, config.b2), eps=config.eps, safeguard_warmup=True)
 
@@ -186,8 +187,8 @@ def make_optimizer(config: configs.Optimizer, steps: int) -> optax.GradientTrans
 
 
 def trainable_paths(paths, config: configs.Optimizer, always_frozen: tuple[str, ...]) -> frozenset[str]:
-    """The paths that train: all, less those a pattern of `freeze` or `always_frozen` is found in; if `train_only` is given, only
-    those one of its patterns is found in.
+    """The paths that train: all, less those a pattern of `freeze` or `always_frozen` is found in; if `train_only` is
+    given, only those one of its patterns is found in.
 
     Raises:
       UserError: a malformed pattern, one that names no parameter, or nothing left to train.

@@ -68,8 +68,8 @@ def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
         raise UserError("Stage 2 reads latents: set data.latents to a folder made by lwd encode.")
     if not config.models.autoencoder:
         raise UserError(
-            "Stage 2 must know which autoencoder its latents decode with: set models.autoencoder to the folder or workdir "
-            "that lwd encode was given as --models."
+            "Stage 2 must know which autoencoder its latents decode with: set models.autoencoder to the folder or "
+            "workdir that lwd encode was given as --models."
         )
     latents = open_latents(config.data.latents)
     check_text(latents, opened.module.config.joint_attention_dim, opened.module.config.pooled_projection_dim)
@@ -91,7 +91,7 @@ def make_setup(config: Config, devices=None) -> Setup:
     if config.stage == 2:
         latents, autoencoder = _checked_latents(config, opened)
         sizes, tokens = autoencoder[0].config, latents.metadata["text"]["length"]
-        extra = {"autoencoder_fingerprint": latents.metadata["autoencoder_fingerprint"], "text": latents.metadata["text"]}
+        extra = {name: latents.metadata[name] for name in ("autoencoder_fingerprint", "text")}
     elif config.reconstruction.lpips:
         perceptual = load_lpips()
     program = build_program(config, mesh, stage_of(config, opened, sizes, tokens, perceptual))

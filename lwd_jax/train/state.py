@@ -1,4 +1,4 @@
-"""The state of a run: a pytree that is donated to the step, saved whole and restored bit for bit. Nothing in it is random."""
+"""The state of a run: a pytree, donated to the step, saved whole, restored bit for bit. Nothing in it is random."""
 
 from typing import Any, NamedTuple
 
@@ -82,8 +82,8 @@ def _dict_path(path) -> str:
 
 
 def state_shardings(abstract: State, mesh: Mesh) -> State:
-    """Layouts of the state: whatever belongs to a parameter and has its shape lies as the parameter does, all else is whole
-    on every device (counters, Adafactor's rows and columns)."""
+    """Layouts of the state: whatever belongs to a parameter and has its shape lies as the parameter does, all else is
+    whole on every device (counters, Adafactor's rows and columns)."""
     shardings = param_shardings(abstract.params, mesh)
     by_path, shapes = flat(shardings), {path: leaf.shape for path, leaf in flat(abstract.params).items()}
 

@@ -19,8 +19,8 @@ SUMMED = "_by_time"  # metrics whose names end so are sums (over pictures); all 
 def picture_keys(key: jax.Array, step: jax.Array, pictures: int) -> jax.Array:
     """[B] keys, one per picture of the batch: fold_in(key, step), then one per position.
 
-    What is drawn for a picture depends on the seed, the step and its position, and on nothing else: not on the mesh, nor on the
-    number of accumulation steps.
+    What is drawn for a picture depends on the seed, the step and its position, and on nothing else: not on the mesh,
+    nor on the number of accumulation steps.
     """
     return jax.random.split(jax.random.fold_in(key, step), pictures)
 
@@ -33,7 +33,8 @@ def add_metrics(total: dict, part: dict, weight: float) -> dict:
 def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, keys: jax.Array, parts: int):
     """Gradient and metrics of the whole batch, computed in `parts` parts one after the other.
 
-    The parts are interleaved (part i takes pictures i, i + parts, ..), so that a batch split over devices stays where it lies.
+    The parts are interleaved (part i takes pictures i, i + parts, ..), so that a batch split over devices stays where
+    it lies.
 
     Returns:
       (gradient in float32, metrics); both are means over the batch, metrics named SUMMED sums.
@@ -66,7 +67,7 @@ def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, ke
 
 
 def clip(gradients: Any, norm: jax.Array, limit: float) -> Any:
-    """Gradients scaled so that their global norm is at most `limit`; 0 = as they are (Pascanu et al. 2013, Algorithm 1)."""
+    """Gradients scaled to a global norm of at most `limit`; 0 = as they are (Pascanu et al. 2013, Algorithm 1)."""
     if limit == 0:
         return gradients
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
@@ -88,8 +89,8 @@ def keeps_average(config: configs.Config) -> bool:
 def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
     """`(loss, state, batch, key) -> (state, metrics)`; to be jitted with the state donated.
 
-    A step whose loss or gradient norm is not finite leaves the state as it was, but for the counters. The learning rate's
-    schedule counts the steps that were taken.
+    A step whose loss or gradient norm is not finite leaves the state as it was, but for the counters. The schedule of
+    the learning rate counts the steps that were taken.
 
     Metrics: the loss's own, `loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `streak` (counters).
     """
@@ -113,7 +114,9 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
         moved = jax.tree.map(lambda new, old: new.astype(old.dtype), master, trainable)
 
         kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (moved, opt_state, ema), (trainable, state.opt_state, state.ema)
+            lambda new, old: jnp.where(finite, new, old),
+            (moved, opt_state, ema),
+            (trainable, state.opt_state, state.ema),
         )
         skipped = state.skipped + ~finite
         streak = jnp.where(finite, 0, state.streak + 1)

@@ -95,9 +95,8 @@ def train(root, workdir, *overrides):
 
 
 def start(root, workdir, *overrides):
-    return subprocess.Popen(
-        command(root, workdir, *overrides), env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(root, workdir, *overrides), env=environment(root), **pipes)
 
 
 def wait_for_line(process, workdir, step):

@@ -38,12 +38,12 @@ def test_every_process_reads_its_own_rows_once():
 
 
 def test_processes_that_share_pictures_read_the_same_part():
-    processes = np.repeat(np.arange(4).reshape(2, 1, 2, 1), 2, axis=3)  # each pair of processes holds halves of the same pictures
+    processes = np.repeat(np.arange(4).reshape(2, 1, 2, 1), 2, axis=3)  # pairs hold halves of the same pictures
     assert [part_of_process(processes, p) for p in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 def test_processes_whose_pictures_overlap_are_refused():
     with pytest.raises(UserError, match="process"):
-        part_of_process(np.array([0, 1, 1, 0, 0, 1]).reshape(3, 1, 2, 1)[:, :, :, :], 0)
+        part_of_process(np.array([0, 1, 1, 2]).reshape(2, 1, 2, 1), 0)
     with pytest.raises(UserError, match="process"):
         part_of_process(np.array([0, 1, 0, 1]).reshape(4, 1, 1, 1), 0)

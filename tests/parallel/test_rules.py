@@ -56,7 +56,8 @@ def test_shards_lie_where_the_table_says():
 
 
 def _batch(shape):
-    return {"mean": jax.ShapeDtypeStruct(shape, jnp.float32), "pooled": jax.ShapeDtypeStruct((shape[0], 3), jnp.float32)}
+    shapes = {"mean": shape, "pooled": (shape[0], 3)}
+    return {name: jax.ShapeDtypeStruct(each, jnp.float32) for name, each in shapes.items()}
 
 
 @pytest.mark.parametrize(

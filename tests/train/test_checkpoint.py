@@ -172,7 +172,8 @@ def test_harmless_changes_are_not_refused(saved):
     training = dataclasses.replace(CONFIG.training, steps=50, log_every=1, save_every=7, keep=9, preview_prompts=("a",))
     data = dataclasses.replace(CONFIG.data, workers=0)
     mesh = configs.Mesh(data=2)
-    assert restore(saved[0], dataclasses.replace(CONFIG, name="b", remat="full", training=training, data=data, mesh=mesh))
+    changes = {"name": "b", "remat": "full", "training": training, "data": data, "mesh": mesh}
+    assert restore(saved[0], dataclasses.replace(CONFIG, **changes))
 
 
 def test_steps_are_not_harmless_where_the_rate_depends_on_them(tmp_path):
@@ -188,8 +189,10 @@ def test_steps_are_not_harmless_where_the_rate_depends_on_them(tmp_path):
 def test_a_silent_cast_is_refused(saved):
     """Orbax would cast; here the parameter is named."""
     workdir, _ = saved
-    half = program().state
-    half = half._replace(params=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), half.params))
+    state = program().state
+    half = state._replace(
+        params=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), state.params)
+    )
     checkpoints = Checkpoints(workdir, keep=3)
     with pytest.raises(UserError, match="blocks/k/kernel.*float32.*bfloat16"):
         checkpoints.restore(half, CONFIG)

@@ -1,4 +1,4 @@
-"""Laws of the loop: resuming is the uninterrupted run, files have no line twice, a bad run ends by name, signals save."""
+"""Laws of the loop: resuming is the uninterrupted run, no line is there twice, a bad run ends by name, signals save."""
 
 import dataclasses
 import functools
@@ -80,8 +80,8 @@ def test_resuming_is_the_uninterrupted_run(whole, tmp_path):
 
 def test_lines_after_the_restored_step_are_written_once(tmp_path):
     train(tmp_path, with_training(steps=4))
-    with open(tmp_path / metrics.FILE, "a") as file:
-        file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n" + '{"step": 6, "lo')  # lines of a run killed after its last save
+    with open(tmp_path / metrics.FILE, "a") as file:  # as a run leaves them that is killed after its last save
+        file.write(json.dumps({"step": 5, "loss": 1.0}) + "\n" + '{"step": 6, "lo')
     train(tmp_path)
     assert [line["step"] for line in metrics.read(tmp_path)] == [2, 4, 6]
 

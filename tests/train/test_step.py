@@ -63,7 +63,8 @@ def test_eight_devices_equal_one(axes):
     assert float(metrics["loss"]) == pytest.approx(float(reference["loss"]), rel=1e-6)
     assert largest_difference(alone.opt_state[0].mu, state.opt_state[0].mu) < 1e-5
     big = {name: np.abs(leaf) > 1e-5 for name, leaf in flat(jax.device_get(alone.opt_state[0].mu)).items()}
-    for name, leaf in flat(jax.device_get(alone.params)).items():  # where Adam's first step is not the sign of rounding noise
+    # Where Adam's first step is not the sign of rounding noise.
+    for name, leaf in flat(jax.device_get(alone.params)).items():
         np.testing.assert_allclose(leaf[big[name]], flat(jax.device_get(state.params))[name][big[name]], atol=1e-5)
 
 
@@ -117,7 +118,8 @@ def test_frozen_parameters_stay_and_cost_nothing():
 
 def test_train_only():
     state = one_device(toy_config(optimizer={"train_only": (r"/(q|k)/", "conv_in"), "freeze": (r"in/bias",)})).state
-    assert set(flat(state.opt_state[0].mu)) == set(flat(state.ema)) == {"blocks/q/kernel", "blocks/k/kernel", "conv_in/kernel"}
+    expected = {"blocks/q/kernel", "blocks/k/kernel", "conv_in/kernel"}
+    assert set(flat(state.opt_state[0].mu)) == set(flat(state.ema)) == expected
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,8 @@ def test_average_of_schedule_free_is_its_own():
 def test_average_of_bfloat16_parameters_is_float32():
     """At .9998 a bfloat16 average would not move."""
     program = one_device(CONFIG)
-    state = program.init(jax.random.key(0), jax.tree.map(lambda p: p.astype(jnp.bfloat16), program.init(jax.random.key(0)).params))
+    params = program.init(jax.random.key(0)).params
+    state = program.init(jax.random.key(0), jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(eval_params(state))} == {jnp.dtype("bfloat16")}
 

@@ -1,4 +1,4 @@
-"""A small stage that trains in no time: attention over the positions of a latent, a scanned stack, a convolution in and out."""
+"""A small stage that trains in no time: convolutions around scanned attention over the positions of a latent."""
 
 import dataclasses
 import functools
