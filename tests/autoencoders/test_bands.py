@@ -12,8 +12,9 @@ from lwd_jax.autoencoders.bands import Affine, Limits, Step, convolve, row_momen
 SAME, HALVE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 
 
-@pytest.mark.parametrize("stride, padding, size", [(1, SAME, 3), (2, HALVE, 3), (1, ((0, 0), (0, 0)), 1)])
-@pytest.mark.parametrize("height", [10, 22])
+@pytest.mark.parametrize(
+    "stride, padding, size, height", [(1, SAME, 3, 10), (1, SAME, 3, 22), (2, HALVE, 3, 22), (1, ((0, 0), (0, 0)), 1, 10)]
+)
 def test_bands_equal_the_whole(stride, padding, size, height):
     """Bands that divide the height and bands that do not, one row, and more than the picture."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -31,7 +32,7 @@ def test_bands_equal_the_whole(stride, padding, size, height):
         return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(x, kernel, bias, activate, plus)
 
     wanted = jax.tree.leaves(both(1 << 20, 1))
-    for band in (1, 2 * 14 * 5 * 4, 1 << 20):
+    for band in (2 * 14 * 5 * (1 if height == 10 else 4), 1 << 20):
         for ours, theirs in zip(jax.tree.leaves(both(0, band)), wanted):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 

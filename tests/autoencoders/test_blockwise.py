@@ -18,7 +18,7 @@ def random(batch, positions, width, dtype=jnp.float32):
     return [3.0 * jax.random.normal(key, (batch, positions, width), dtype) for key in keys]
 
 
-@pytest.mark.parametrize("positions, block", [(1, 128), (77, 128), (256, 128), (300, 128), (1025, 512)])
+@pytest.mark.parametrize("positions, block", [(1, 128), (77, 128), (256, 128), (1025, 512)])
 def test_equals_dense_attention(positions, block):
     """Blocks that divide the positions and blocks that do not; one block, and several."""
     q, k, v, weight = random(2, positions, 24)
