@@ -4,6 +4,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 
 from lwd_jax.errors import UserError, did_you_mean
@@ -44,6 +45,7 @@ def _usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit status: 0 done, 2 the user's mistake, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every workdir that is only read
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
