@@ -1,7 +1,8 @@
 """Quickstart, stage 1: a small f8 autoencoder with 16 channels, on crops of a few photographs at 128 px.
 
 Trains on any machine, in float32; the state is below 0.1 GB by formula (16 bytes a parameter). `lwd quickstart` runs it
-twice: without the scale term from random weights (the autoencoder "before"), then with it, as below, from there ("after").
+twice: without the scale term from random weights (the autoencoder "before"), then with it, as below, from there
+("after").
 
 lwd train --config=configs/quickstart_stage1.py --workdir=runs/after \
     --config.data.dataset=DATASET --config.models.autoencoder=runs/before

@@ -42,7 +42,9 @@ def latent_spectrum(z: np.ndarray, block: int = 8) -> Spectrum:
     batch, height, width, channels = z.shape
     rows, columns = height // block, width // block
     if not rows or not columns:
-        raise ValueError(f"A spectrum in blocks of {block} needs at least {block}x{block} positions, not {height}x{width}.")
+        raise ValueError(
+            f"A spectrum in blocks of {block} needs at least {block}x{block} positions, not {height}x{width}."
+        )
     blocks = z[:, : rows * block, : columns * block].reshape(batch, rows, block, columns, block, channels)
     amplitude = np.abs(fft.dctn(blocks, axes=(2, 4), norm="ortho")).mean(axis=(0, 1, 3))
     amplitude = amplitude.reshape(block * block, channels)[zigzag(block)]

@@ -3,6 +3,7 @@
 Pictures are uint8 [H W 3]; saliency and masks are float [h w] on the latent's grid and are drawn over the picture's.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,18 @@ from PIL import Image, ImageOps
 
 from lwd_jax.evaluate.spectrum import Spectrum
 from lwd_jax.report.style import (
-    AFTER, ARM_COLOURS, BEFORE, HEAT, INK, OTHERS, QUIET, figure, legend, picture_axes, png, style,
+    AFTER,
+    BEFORE,
+    HEAT,
+    INK,
+    OTHERS,
+    QUIET,
+    SERIES,
+    figure,
+    legend,
+    picture_axes,
+    png,
+    style,
 )
 
 LARGEST = 900  # px, of a picture in a figure: no cell is drawn larger than this
@@ -40,6 +52,10 @@ def supervised(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     faded = 0.22 * grey + 0.78 * 240
     return np.clip(weight * picture + (1 - weight) * faded, 0, 255).astype(np.uint8)
 
+
+def wrap(text: str, width: int, lines: int = 2) -> str:
+    """The text in at most `lines` lines of `width` letters, cut with an ellipsis where it is longer."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
 
 
 def _row_height(pictures: Sequence[np.ndarray], columns: int, width: float = 10.0) -> list[float]:
@@ -104,7 +120,8 @@ def picture_rows(
     columns = len(next(iter(rows.values())))
     heights = [max(_row_height(pictures, columns, 9.2)) for pictures in rows.values()]
     with style():
-        made = figure(sum(heights) + (0.28 if notes else 0.06) * len(rows) + 0.5)
+        lines = sum(max((note.count("\n") + bool(note) for note in row), default=0) for row in notes)
+        made = figure(sum(heights) + 0.17 * lines + 0.08 * len(rows) + 0.45)
         made.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
         cells = made.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
         for row, (name, pictures) in enumerate(rows.items()):
@@ -184,7 +201,7 @@ def curves(
         cells = made.subplots(1, len(panels), squeeze=False)[0]
         for axes, (head, lines) in zip(cells, panels.items()):
             for index, (name, (steps, values)) in enumerate(lines.items()):
-                colour = ARM_COLOURS.get(name, OTHERS[index % len(OTHERS)])
+                colour = SERIES.get(name, OTHERS[index % len(OTHERS)])
                 axes.plot(steps, values, color=colour, alpha=0.18, linewidth=1.0)
                 span = max(1, len(steps) // 12) * 2 + 1
                 axes.plot(steps, smooth(values, span), color=colour, label=name)
@@ -194,7 +211,7 @@ def curves(
             if log:
                 axes.set_yscale("log")
         cells[0].set_ylabel(ylabel)
-        legend(cells[-1])
+        legend(max(cells, key=lambda axes: len(axes.get_legend_handles_labels()[1])))
         return png(made)
 
 
@@ -212,7 +229,7 @@ def time_bins(arms: Mapping[str, np.ndarray], edges: np.ndarray, title: str, yla
         width = 0.76 / len(arms)
         for index, (name, values) in enumerate(arms.items()):
             place = np.arange(bins) + (index - (len(arms) - 1) / 2) * width
-            colour = ARM_COLOURS.get(name, QUIET)
+            colour = SERIES.get(name, QUIET)
             axes.bar(place, np.nan_to_num(values), width * 0.92, color=colour, label=name, linewidth=0)
         axes.set_xticks(np.arange(bins), [f"{a:g} - {b:g}" for a, b in zip(edges[:-1], edges[1:])])
         axes.set_xlabel("noise level t (0 = data, 1 = noise)")

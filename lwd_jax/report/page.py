@@ -43,7 +43,8 @@ class Section(NamedTuple):
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --quiet: #5f6c7b; --rule: #dfe4ea; --paper: #fff; --wash: #f5f7f9; --mark: #0f6b8f; }
+:root { color-scheme: light dark; --ink: #1f2933; --quiet: #5f6c7b; --rule: #dfe4ea; --paper: #fff; --wash: #f5f7f9;
+  --mark: #0f6b8f; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e9ee; --quiet: #9aa7b4; --rule: #313a44; --paper: #14191e; --wash: #1c232a; --mark: #5db5d8; }
 }
@@ -51,22 +52,27 @@ _STYLE = """
 body { margin: 0 auto; max-width: 62rem; padding: 3.5rem 1.5rem 5rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .75rem; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 3.25rem 0 .75rem; padding-top: 1.4rem; border-top: 1px solid var(--rule); }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 3.25rem 0 .75rem;
+  padding-top: 1.4rem; border-top: 1px solid var(--rule); }
 p { max-width: 44rem; margin: 0 0 1rem; }
 .lead { font-size: 1.12rem; color: var(--quiet); }
-.note { background: var(--wash); border-left: 3px solid var(--mark); padding: .85rem 1.1rem; border-radius: 0 6px 6px 0; }
+.note { background: var(--wash); border-left: 3px solid var(--mark); padding: .85rem 1.1rem;
+  border-radius: 0 6px 6px 0; }
 nav { margin: 1.5rem 0 0; font-size: .92rem; display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; }
 nav a { color: var(--mark); text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 figure { margin: 1.4rem 0 2rem; }
-figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 8px; border: 1px solid var(--rule); }
+figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 8px;
+  border: 1px solid var(--rule); }
 figcaption { margin-top: .6rem; color: var(--quiet); font-size: .92rem; max-width: 48rem; }
 .table { overflow-x: auto; margin: 1.2rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .94rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem 1.1rem .42rem 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; }
+th, td { padding: .42rem 1.1rem .42rem 0; border-bottom: 1px solid var(--rule); text-align: right;
+  vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 th { color: var(--quiet); font-weight: 600; }
-pre { background: var(--wash); padding: .9rem 1.1rem; border-radius: 8px; overflow-x: auto; font-size: .88rem; line-height: 1.55; }
+pre { background: var(--wash); padding: .9rem 1.1rem; border-radius: 8px; overflow-x: auto;
+  font-size: .88rem; line-height: 1.55; }
 footer { margin-top: 4rem; color: var(--quiet); font-size: .88rem; }
 """
 
@@ -93,7 +99,7 @@ def _table(table: Table) -> str:
 
 
 def _text(text: Text) -> str:
-    return f'<p{" class=note" if text.note else ""}>{html.escape(text.text)}</p>'
+    return f"<p{' class=note' if text.note else ''}>{html.escape(text.text)}</p>"
 
 
 def _code(code: Code) -> str:
@@ -130,7 +136,7 @@ def _write(path: Path, content: bytes) -> None:
 def write_page(
     folder: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "", pictures: str = "pictures"
 ) -> Path:
-    """Writes `folder/report.html` and each picture as `folder/<pictures>/NAME.png`; each file appears whole or not at all.
+    """Writes `folder/report.html`, and each picture as `folder/<pictures>/NAME.png`; files appear whole or not at all.
 
     Raises:
       ValueError: two pictures of one name.
@@ -138,7 +144,9 @@ def write_page(
     found = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
     names = [picture.name for picture in found]
     if len(set(names)) < len(names):
-        raise ValueError(f"Two pictures of the page have one name: {sorted(n for n in names if names.count(n) > 1)[0]}.")
+        raise ValueError(
+            f"Two pictures of the page have one name: {sorted(n for n in names if names.count(n) > 1)[0]}."
+        )
     beside = Path(folder) / pictures
     beside.mkdir(parents=True, exist_ok=True)
     for picture in found:

@@ -65,13 +65,16 @@ def shipped() -> list[Photograph]:
     for row in SHIPPED:
         path = Path(importlib.util.find_spec(row.package).submodule_search_locations[0]) / row.file
         if not path.is_file():
-            raise UserError(f"The installed {row.package} has no {row.file}; give photographs of your own with --images.")
+            raise UserError(
+                f"The installed {row.package} has no {row.file}; give photographs of your own with --images."
+            )
         found.append(Photograph(path.stem, row.caption, lambda path=path: _rgb(path.read_bytes())))
     return found
 
 
 def own(folder: str | Path) -> list[Photograph]:
-    """The photographs of a folder, with their captions as `lwd prepare` finds them, or else the words of the file's name.
+    """The photographs of a folder, with their captions as `lwd prepare` finds them, or else the words of the file's
+    name.
 
     Raises:
       UserError: no such folder, or no readable picture in it.
@@ -115,7 +118,9 @@ def write_crops(photographs: list[Photograph], folder: Path, total: int, side: i
     for number, photograph in enumerate(photographs):
         picture, rng = photograph.load(), np.random.default_rng([seed, number])
         for view in range(each):
-            share, place = (1.0, (0.5, 0.5)) if view == 0 else (rng.uniform(SMALLEST_CROP, 1), tuple(rng.uniform(size=2)))
+            share, place = 1.0, (0.5, 0.5)
+            if view:
+                share, place = rng.uniform(SMALLEST_CROP, 1), tuple(rng.uniform(size=2))
             stem = folder / f"{photograph.name}_{view:03d}"
             Image.fromarray(crop(picture, share, place, side)).save(stem.with_suffix(".png"))
             stem.with_suffix(".txt").write_text(photograph.caption + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """What a run shows of itself while it trains: pictures in `workdir/previews/` with fixed seeds, and held-out figures.
 
-Stage 1: reconstructions of held-out pictures, at full size and from the pooled latent, and the latent spectrum. Stage 2:
-samples from the same noise each time, the loss on held-out pictures; once, their saliency and what is supervised over time.
-The training loop calls `previews(step, params)` on every process; process 0 writes.
+Stage 1: reconstructions of held-out pictures, at full size and from the pooled latent, and the latent spectrum. Stage
+2: samples from the same noise each time, the loss on held-out pictures; once, their saliency and what is supervised
+over time. The training loop calls `previews(step, params)` on every process; process 0 writes.
 """
 
 import dataclasses
@@ -58,8 +58,9 @@ def short(caption: str, limit: int = 40) -> str:
 
 
 def make_reconstruct(module, scales: tuple[int, ...], out_shardings=None) -> Callable:
-    """`f(params, pictures uint8 [B H W 3])`, one picture at a time, on the host, of what an autoencoder makes of pictures:
-    `picture` uint8 [B H W 3], D(mean); `mean` [B h w C], in use; `pooled`, s -> uint8 [B H/s W/s 3], D(pool_s(mean)).
+    """`f(params, pictures uint8 [B H W 3])`, one picture at a time, on the host, of what an autoencoder makes of
+    pictures: `picture` uint8 [B H W 3], D(mean); `mean` [B h w C], in use; `pooled`, s -> uint8 [B H/s W/s 3],
+    D(pool_s(mean)).
 
     Args:
       module: the autoencoder.
@@ -86,6 +87,20 @@ def make_reconstruct(module, scales: tuple[int, ...], out_shardings=None) -> Cal
     return reconstruct
 
 
+def make_encode(module) -> Callable:
+    """`f(params, pictures uint8 [B H W 3]) -> mean [B h w C]`, in use, on the host, one picture at a time."""
+
+    @jax.jit
+    def one(params, pictures):
+        x = pictures.astype(jnp.float32) / 127.5 - 1
+        return kl.scale(module.config, module.apply({"params": params}, x, method="encode").mean)
+
+    def encode(params, pictures: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.asarray(one(params, pictures[i : i + 1])) for i in range(len(pictures))])
+
+    return encode
+
+
 def scale_error(pictures: np.ndarray, pooled: dict[int, np.ndarray]) -> dict[int, float]:
     """Mean squared error of D(pool_s(z)) against pool_s(x), as of pictures in [-1, 1], for each s.
 
@@ -94,12 +109,15 @@ def scale_error(pictures: np.ndarray, pooled: dict[int, np.ndarray]) -> dict[int
       pooled: s -> uint8 [B H/s W/s 3].
     """
     return {
-        scale: float(np.mean(((block_mean(pictures, scale) - decoded) / 127.5) ** 2)) for scale, decoded in pooled.items()
+        scale: float(np.mean(((block_mean(pictures, scale) - decoded) / 127.5) ** 2))
+        for scale, decoded in pooled.items()
     }
 
 
 def spectra(pictures: np.ndarray, latents: dict[str, np.ndarray], factor: int) -> dict[str, Spectrum]:
-    """Name -> spectrum, of sets of latents [B h w C] in use and of the pictures, uint8 [B H W 3], pooled by `factor`."""
+    """Name -> spectrum, of sets of latents [B h w C] in use and of the pictures, uint8 [B H W 3], pooled by
+    `factor`.
+    """
     block = min(BLOCK, *(side for z in latents.values() for side in z.shape[1:3]))
     x = pictures.astype(np.float32) / 127.5 - 1
     reference = {f"RGB pooled by {factor}": rgb_reference(x, factor, block)}
@@ -107,7 +125,9 @@ def spectra(pictures: np.ndarray, latents: dict[str, np.ndarray], factor: int) -
 
 
 def stage1_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
-    """Pictures of reconstructions and spectrum; PSNR, SSIM, scale error and high-frequency share of all held-out pictures."""
+    """Pictures of reconstructions and spectrum; PSNR, SSIM, scale error and high-frequency share of all held-out
+    pictures.
+    """
     pictures = held_out(config)["picture"]
     scales, factor = config.reconstruction.scales, setup.opened.module.config.factor
     reconstruct = make_reconstruct(setup.opened.module, scales, replicated(setup.mesh))
@@ -208,7 +228,9 @@ def make_held_out_loss(config: Config, module, scale: Callable, out_shardings=No
 
 
 def masks_over_time(z: np.ndarray, matching: Matching, times) -> tuple[np.ndarray, np.ndarray]:
-    """Saliency [B h w] of clean latents [B h w C] in use, and masks [B T h w] that a config makes of it at the times [T]."""
+    """Saliency [B h w] of clean latents [B h w C] in use, and masks [B T h w] that a config makes of it at the times
+    [T].
+    """
     saliency = choose(SALIENCIES, matching.saliency, "saliency")(jnp.asarray(z), matching.wavelet, matching.levels)
     masks = [
         supervision_mask(saliency, jnp.full(len(z), t), matching.floor, matching.mask, matching.softness) for t in times
@@ -241,7 +263,7 @@ def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
         if jax.process_index() == 0 and not (workdir / FOLDER / MASKS).is_file():
             show_masks()
         pictures = decode_in_chunks(decode, weights, sample(params, noise, cond, null))
-        notes = [[short(prompt) for prompt in prompts]]
+        notes = [[figures.wrap(prompt, 34) for prompt in prompts]]
         png = figures.picture_rows({"samples": pictures}, f"Samples at step {step}, from fixed noise", notes)
         _write(workdir, f"step_{step:06d}_samples.png", png)
         share = high_frequency_share(pictures).mean()

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from lwd_jax.autoencoders.kl import scale
 from lwd_jax.config import Config
 from lwd_jax.data.batches import held_out
 from lwd_jax.evaluate.fidelity import psnr, ssim
@@ -19,7 +18,7 @@ from lwd_jax.report import figures
 from lwd_jax.report.page import Code, Picture, Section, Table, Text, write_page
 from lwd_jax.report.photographs import SHIPPED, Photograph
 from lwd_jax.report.pipeline import open_models
-from lwd_jax.report.previews import SHOWN, make_reconstruct, masks_over_time, scale_error, short, spectra
+from lwd_jax.report.previews import SHOWN, make_encode, make_reconstruct, masks_over_time, scale_error, short, spectra
 from lwd_jax.report.samples import INDEX as SAMPLES_INDEX
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import read_config
@@ -28,7 +27,7 @@ SIDE = 128  # px of the squares that are trained on
 CROPS = 160  # squares in all, about
 TIMES_FILE = "times.json"
 TIMES = (0.35, 0.5, 0.7, 0.9)  # of the masks that are shown
-LARGEST = 640  # px: the photographs whose saliency is shown are no longer than this
+SHOWN_SIDE = 448  # px, of the photographs whose saliency is shown: finer than the squares, for the eye
 ARMS = ("plain", "LWD")
 
 
@@ -45,13 +44,15 @@ class Run:
     latents = property(lambda self: self.workdir / "latents")
     plain = property(lambda self: self.workdir / "backbone_plain")
     lwd = property(lambda self: self.workdir / "backbone_lwd")
-    samples_plain = property(lambda self: self.workdir / "samples_plain")
-    samples_lwd = property(lambda self: self.workdir / "samples_lwd")
     export = property(lambda self: self.workdir / "export")
 
     def arms(self) -> dict[str, Path]:
         """Arm -> workdir."""
         return dict(zip(ARMS, (self.plain, self.lwd)))
+
+    def samples(self) -> dict[str, Path]:
+        """Arm -> folder of samples."""
+        return {arm: self.workdir / f"samples_{arm.lower()}" for arm in ARMS}
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -74,19 +75,21 @@ def _last(workdir: Path, name: str) -> float:
 
 def _what(photographs: list[Photograph], config: Config) -> Section:
     scale_of_it = (
-        f"Everything here was made on this machine from {len(photographs)} photographs, with a small autoencoder and a small "
-        f"SD3 backbone that began as random numbers and saw pictures of {config.resolution} x {config.resolution} px."
+        f"Everything here was made on this machine from {len(photographs)} photographs, with a small autoencoder and "
+        f"a small SD3 backbone that began as random numbers and saw pictures of {config.resolution} x "
+        f"{config.resolution} px."
     )
     can = (
-        "What it can show: that every part runs and fits the next; what saliency and mask are on real photographs; that "
-        "scale-consistent fine-tuning lowers the error of decoding pooled latents; that both arms start equal, see the same "
-        "batches, and what they learn in detail-rich and smooth regions, measured alike."
+        "What it can show: that every part runs and fits the next; what saliency and mask are on real photographs; "
+        "that scale-consistent fine-tuning lowers the error of decoding pooled latents; that both arms start equal, "
+        "see the same batches, and what they learn in detail-rich and smooth regions, measured alike."
     )
     cannot = (
-        "What it cannot show: how well the method works. A model that has seen a few photographs for a few minutes repeats "
-        "them and does not generalise; the held-out squares are other views of the same photographs and overlap with those "
-        "trained on; one seed of a short run says nothing about which arm is better at 2048 px; and the text encoder tells "
-        "words apart without knowing their meaning. For that, start from SD3's weights with the configs of stage1_ and stage2_."
+        "What it cannot show: how well the method works. A model that has seen a few photographs for a few minutes "
+        "repeats them and does not generalise; the held-out squares are other views of the same photographs and "
+        "overlap with those trained on; one seed of a short run says nothing about which arm is better at 2048 px; "
+        "and the text encoder tells words apart without knowing their meaning. For that, start from SD3's weights "
+        "with the configs of stage1_ and stage2_."
     )
     return Section("What this is", [Text(scale_of_it), Text(can), Text(cannot, note=True)])
 
@@ -96,7 +99,7 @@ def _photographs(photographs: list[Photograph]) -> Section:
     per_row = min(4, len(shown))
     squares = [figures.square(photograph.load(), 320) for photograph in shown]
     squares += [np.full_like(squares[0], 255)] * (-len(squares) % per_row)
-    captions = [short(photograph.caption, 34) for photograph in shown] + [""] * (len(squares) - len(shown))
+    captions = [figures.wrap(photograph.caption, 32) for photograph in shown] + [""] * (len(squares) - len(shown))
     rows = {f"row {i}": squares[i : i + per_row] for i in range(0, len(squares), per_row)}
     notes = [captions[i : i + per_row] for i in range(0, len(captions), per_row)]
     png = figures.picture_rows(rows, "Photographs and captions", notes, name_rows=False)
@@ -106,48 +109,43 @@ def _photographs(photographs: list[Photograph]) -> Section:
     return Section("Photographs", [Picture("photographs", png, f"{caption} {credit}".strip())])
 
 
-def _small(picture: np.ndarray) -> np.ndarray:
-    """The picture no longer than LARGEST px, cut to a multiple of 16."""
-    image = Image.fromarray(picture)
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    height, width = (side // 16 * 16 for side in (image.height, image.width))
-    return np.asarray(image)[:height, :width]
-
-
 def _saliency(photographs: list[Photograph], run: Run, config: Config) -> Section:
     module, params = open_models(run.after).autoencoder()
-    encode = jax.jit(lambda x: scale(module.config, module.apply({"params": params}, x, method="encode").mean))
-    shown = [_small(photograph.load()) for photograph in photographs[:3]]
-    latents = [np.asarray(encode(picture[None].astype(np.float32) / 127.5 - 1)) for picture in shown]
-    found = [masks_over_time(z, config.matching, TIMES) for z in latents]
-    masks = figures.saliency_and_masks(shown, [f[0][0] for f in found], [f[1][0] for f in found], TIMES)
+    shown = np.stack([figures.square(photograph.load(), SHOWN_SIDE) for photograph in photographs[:3]])
+    latents = make_encode(module)(params, shown)
+    masks = figures.saliency_and_masks(shown, *masks_over_time(latents, config.matching, TIMES), TIMES)
     times = np.linspace(0, 1, 101)
-    shares = {
-        short(photograph.caption, 26): masks_over_time(z, config.matching, times)[1][0].mean(axis=(1, 2))
-        for photograph, z in zip(photographs, latents)
-    }
+    shares = masks_over_time(latents, config.matching, times)[1].mean(axis=(2, 3))
+    shares = {short(photograph.caption, 26): share for photograph, share in zip(photographs, shares)}
     fraction = figures.supervised_fraction(shares, times, config.matching.floor)
     about = (
-        "Saliency is the energy of the latent's detail sub-bands (one Haar level, all channels), scaled to [0, 1]. At noise "
-        f"level t the loss counts where saliency + {config.matching.floor:g} >= t: early, noisy steps are left to the most "
-        "detailed places, and up to the floor everything is supervised."
+        "Saliency is the energy of the latent's detail sub-bands (one Haar level, all channels), scaled to [0, 1]. "
+        f"At noise level t the loss counts where saliency + {config.matching.floor:g} >= t: early, noisy steps are "
+        "left to the most detailed places, and up to the floor everything is supervised."
     )
     return Section(
         "Saliency and mask",
         [
             Text(about),
-            Picture("saliency_and_masks", masks, "Photographs, the saliency of their latents, and in colour what is supervised."),
+            Picture(
+                "saliency_and_masks",
+                masks,
+                "Photographs, the saliency of their latents, and in colour what is supervised.",
+            ),
             Picture("supervised_fraction", fraction, "How much is supervised, over the noise level."),
         ],
     )
 
 
 def _stage1_figures(run: Run, pictures: np.ndarray, scales: tuple[int, ...]) -> dict[str, dict]:
-    made = {}
-    for name, workdir in (("before", run.before), ("after", run.after)):
-        module, params = open_models(workdir).autoencoder()
-        made[name] = make_reconstruct(module, scales)(params, pictures) | {"factor": module.config.factor}
-    return made
+    opened = {
+        name: open_models(workdir).autoencoder() for name, workdir in (("before", run.before), ("after", run.after))
+    }
+    module = opened["after"][0]
+    reconstruct = make_reconstruct(module, scales)
+    return {
+        name: reconstruct(params, pictures) | {"factor": module.config.factor} for name, (_, params) in opened.items()
+    }
 
 
 def _stage1_table(pictures: np.ndarray, made: dict[str, dict]) -> Table:
@@ -172,34 +170,44 @@ def _stage1(run: Run) -> Section:
     shown, (low, *_), n = pictures[:SHOWN], scales, SHOWN
     rows = {"photograph": shown, "before": made["before"]["picture"][:n], "after": made["after"]["picture"][:n]}
     notes = [[""] * len(shown)]
-    notes += [[f"{value:.1f} dB" for value in psnr(pictures, made[name]["picture"])[:n]] for name in ("before", "after")]
+    notes += [
+        [f"{value:.1f} dB" for value in psnr(pictures, made[name]["picture"])[:n]] for name in ("before", "after")
+    ]
     whole = figures.picture_rows(rows, "Reconstructions of held-out squares", notes)
     rows = {"pooled x": np.round(block_mean(shown, low)).astype(np.uint8)}
     rows |= {name: made[name]["pooled"][low][:n] for name in ("before", "after")}
     pooled = figures.picture_rows(rows, f"Decoded from latents pooled by {low}")
     drawn = spectra(pictures, {name: m["mean"] for name, m in made.items()}, made["after"]["factor"])
+    spectrum = figures.latent_spectrum(drawn)
     steps = read_config(run.before).training.steps
     about = (
-        f"Before: {steps} steps from random weights, without the scale term. After: {config.training.steps} more steps with "
-        f"it (alpha {config.reconstruction.alpha:g}, s from {', '.join(map(str, scales))}). A scale-consistent decoder makes of "
-        "a pooled latent the pooled picture. Some of the change in PSNR is that of training longer."
+        f"Before: {steps} steps from random weights, without the scale term. After: {config.training.steps} more "
+        f"steps with it (alpha {config.reconstruction.alpha:g}, s from {', '.join(map(str, scales))}). A "
+        "scale-consistent decoder makes of a pooled latent the pooled picture. Some of the change in PSNR is that of "
+        "training longer."
     )
     curves = {
-        "reconstruction": {name: _lines(w, "reconstruction") for name, w in (("before", run.before), ("after", run.after))},
+        "reconstruction": {
+            name: _lines(w, "reconstruction") for name, w in (("before", run.before), ("after", run.after))
+        },
         "scale consistency (after)": {"after": _lines(run.after, "scale_consistency")},
     }
-    loss = figures.curves(curves, "Loss terms of stage 1", f"{config.reconstruction.distance} per element")
+    loss = figures.curves(
+        curves,
+        "Loss terms of stage 1",
+        {"l1": "mean absolute error", "l2": "mean squared error"}[config.reconstruction.distance],
+    )
     return Section(
         "Stage 1: a scale-consistent autoencoder",
         [
             Text(about),
             _stage1_table(pictures, made),
             Picture("reconstructions", whole, "Held-out squares before and after fine-tuning."),
-            Picture("pooled", pooled, f"What the decoder makes of latents averaged over {low} x {low} positions, against the pooled picture."),
-            Picture("spectrum", figures.latent_spectrum(drawn), "Amplitude of the latents' frequencies, mean and spread over channels."),
+            Picture("pooled", pooled, f"Pooled pictures, and what is decoded of latents averaged over {low} x {low}."),
+            Picture("spectrum", spectrum, "Amplitude of the latents' frequencies, mean and spread over channels."),
             Picture("stage1_loss", loss, "Training loss terms; faint: each logged value, strong: running mean."),
         ],
-    )  # fmt: skip
+    )
 
 
 def _time_bins(run: Run, bins: int) -> dict[str, np.ndarray]:
@@ -231,17 +239,20 @@ def _stage2(run: Run) -> Section:
     supervised = [_number(float(_lines(arms[arm], "supervised_fraction")[1].mean()), 3) for arm in ARMS]
     rows.append(["supervised share in training", *supervised])
     about = (
-        f"The same backbone, from the same random weights on the same batches for {config.training.steps} steps: once with "
-        "the loss at every position (plain), once under the mask (LWD). The error is measured without the mask in both, in "
-        "the quarter of positions with most detail and in the smoothest. The LWD arm is not asked to learn smooth places at "
-        "high noise levels, so a larger error there is what the mask does, not a defect of the run."
+        f"The same backbone, from the same random weights on the same batches for {config.training.steps} steps: once "
+        "with the loss at every position (plain), once under the mask (LWD). The error is measured without the mask "
+        "in both, in the quarter of positions with most detail and in the smoothest. The LWD arm is not asked to "
+        "learn smooth places at high noise levels, so a larger error there is what the mask does, not a defect of "
+        "the run."
     )
     caption = "Squared velocity error of held-out squares after the last step, averaged weights, fixed times and noise."
     return Section(
         "Stage 2: plain and LWD",
         [
             Text(about),
-            Picture("stage2_loss", loss, "Faint: each logged value, strong: running mean. Both arms are measured alike."),
+            Picture(
+                "stage2_loss", loss, "Faint: each logged value, strong: running mean. Both arms are measured alike."
+            ),
             Picture("loss_by_time", by_time, "Mean over the second half of training; without the mask."),
             Table(["held-out error", *ARMS], rows, caption),
         ],
@@ -253,25 +264,30 @@ def _samples(run: Run) -> Section:
         listed = json.loads((folder / SAMPLES_INDEX).read_text())["samples"]
         return [np.asarray(Image.open(folder / each["file"])) for each in listed], [each["prompt"] for each in listed]
 
-    plain, prompts = read(run.samples_plain)
-    lwd, _ = read(run.samples_lwd)
-    notes = [[""] * len(plain), [short(prompt, 24) for prompt in prompts]]
-    png = figures.picture_rows({"plain": plain, "LWD": lwd}, "Samples from the training captions, equal noise", notes)
+    rows = {arm: read(folder) for arm, folder in run.samples().items()}
+    prompts = rows["plain"][1]
+    notes = [[""] * len(prompts), [figures.wrap(prompt, 21, 3) for prompt in prompts]]
+    png = figures.picture_rows(
+        {arm: row[0] for arm, row in rows.items()}, "Samples from the training captions, equal noise", notes
+    )
     caption = (
-        "Each column starts from one noise. The prompts are training captions: pictures that resemble the photographs have "
-        "been learnt by heart, which at this size is the aim."
+        "Each column starts from one noise. The prompts are training captions: pictures that resemble the "
+        "photographs have been learnt by heart, which at this size is the aim."
     )
     return Section("Samples", [Picture("samples", png, caption)])
 
 
 def _times(seconds: dict[str, float], run: Run) -> Section:
-    rows = [[title, f"{value:.0f} s"] for title, value in seconds.items()] + [["together", f"{sum(seconds.values()):.0f} s"]]
+    rows = [[title, f"{value:.0f} s"] for title, value in seconds.items()] + [
+        ["together", f"{sum(seconds.values()):.0f} s"]
+    ]
     usage = resource.getrusage(resource.RUSAGE_SELF)
     peak = usage.ru_maxrss / 2**20
     device = jax.devices()[0].device_kind
     about = (
-        f"{os.cpu_count()} cores, {jax.device_count()} {device} device(s), jax {jax.__version__}; at most {peak:.1f} GiB of "
-        f"memory, {usage.ru_utime + usage.ru_stime:.0f} s of processor time in the last run of the command. Compiling is part of it."
+        f"{os.cpu_count()} cores, {jax.device_count()} {device} device(s), jax {jax.__version__}; at most {peak:.1f} "
+        f"GiB of memory, {usage.ru_utime + usage.ru_stime:.0f} s of processor time in the last run of the command. "
+        "Compiling is part of it."
     )
     return Section("Times", [Table(["part", "time"], rows), Text(about)])
 
@@ -309,5 +325,5 @@ def write_report(run: Run, photographs: list[Photograph], seconds: dict[str, flo
         _next(run, photographs),
     ]
     lead = "Both stages of Latent Wavelet Diffusion, end to end and small, on real photographs."
-    footer = "lwd_jax: Latent Wavelet Diffusion (arXiv 2506.00433) in JAX. Every figure on this page was computed in this run."
+    footer = "lwd_jax: Latent Wavelet Diffusion (arXiv 2506.00433) in JAX. Every figure here was computed in this run."
     write_page(run.workdir, "LWD quickstart", lead, sections, footer)

@@ -15,7 +15,7 @@ PLAIN = "#d1703c"
 BEFORE = PLAIN
 AFTER = LWD
 HEAT = "magma"  # saliency and error: dark = none, bright = much
-ARM_COLOURS = {"LWD": LWD, "plain": PLAIN}
+SERIES = {"LWD": LWD, "plain": PLAIN, "after": AFTER, "before": BEFORE}  # series that keep their colour everywhere
 OTHERS = ("#0f6b8f", "#d1703c", "#6b8e4e", "#8a5a9e", "#b5892e", "#4a5568")  # series without a fixed meaning
 
 WIDTH = 10.0  # inches, of every picture
@@ -82,4 +82,6 @@ def picture_axes(axes) -> None:
 
 def legend(axes) -> None:
     """The legend on the title's line, right, where no curve can run under it."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handlelength=1.4, columnspacing=1.4, borderpad=0.1)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, handlelength=1.4, columnspacing=1.4, borderpad=0.1
+    )

@@ -1,4 +1,6 @@
-"""The whole job in a few steps of each part: every part runs, the report shows them, and a second run does nothing again."""
+"""The whole job in a few steps of each part: every part runs, the report shows them, and a second run does nothing
+again.
+"""
 
 import json
 import os
@@ -40,7 +42,10 @@ def test_quickstart_from_photographs_to_report(tmp_path):
     assert set(re.findall(r"lwd (\w+)", ran.stdout)) >= {"prepare", "train", "encode", "sample", "export"}
 
     # Both arms start from the same weights and see the same batches: their first unmasked losses are equal.
-    first = [json.loads((workdir / arm / "metrics.jsonl").read_text().splitlines()[1]) for arm in ("backbone_plain", "backbone_lwd")]
+    first = [
+        json.loads((workdir / arm / "metrics.jsonl").read_text().splitlines()[1])
+        for arm in ("backbone_plain", "backbone_lwd")
+    ]
     for name in ("loss_detail", "loss_smooth"):
         np.testing.assert_allclose(first[0][name], first[1][name], rtol=1e-5)
     assert first[0]["supervised_fraction"] == 1 > first[1]["supervised_fraction"]

@@ -69,5 +69,7 @@ def test_square_is_the_centre():
 
 def test_large_pictures_are_drawn_small():
     large = np.zeros((3000, 5300, 3), np.uint8)
-    shown = Image.open(io.BytesIO(figures.saliency_and_masks([large], [np.zeros((4, 7))], [np.zeros((1, 4, 7))], [0.5])))
+    shown = Image.open(
+        io.BytesIO(figures.saliency_and_masks([large], [np.zeros((4, 7))], [np.zeros((1, 4, 7))], [0.5]))
+    )
     assert shown.width < 1500

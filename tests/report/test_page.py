@@ -7,9 +7,7 @@ import pytest
 
 from lwd_jax.report.page import Code, Picture, Section, Table, Text, render, write_page
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
-)
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
 EVIL = '<script>alert("x")</script> & "quotes"'
 VOID = {"meta", "img", "link", "br"}
 
