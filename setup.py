@@ -44,7 +44,7 @@ setup(
         "lpips": LPIPS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pytest", "hypothesis", "diffusers>=0.35", "accelerate", "psutil"] + TEXT + LPIPS,
+        "test": ["pytest", "pytest-xdist", "hypothesis", "diffusers>=0.35", "accelerate", "psutil"] + TEXT + LPIPS,
     },
     entry_points={"console_scripts": ["lwd=lwd_jax.cli:main"]},
 )

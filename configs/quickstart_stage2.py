@@ -1,7 +1,8 @@
 """Quickstart, stage 2: a small SD3 backbone under the wavelet mask, on the latents of the quickstart's autoencoder.
 
 Trains on any machine, in float32; the state is below 0.1 GB by formula (16 bytes a parameter). `lwd quickstart` runs it
-twice from the same weights on the same batches: with this mask, and as the plain baseline (matching.mask=everywhere).
+from random weights without a mask, then twice from there on the same batches: with this mask, and as the plain baseline
+(matching.mask=everywhere).
 
 lwd train --config=configs/quickstart_stage2.py --workdir=runs/lwd \
     --config.data.latents=LATENTS --config.models.autoencoder=runs/after

@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 source launch/setup_venv.sh
 setup_venv '.[test]'
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec .venv/bin/python -m pytest "$@"
+# One worker per core: most of a test is compiling, which is single-threaded.
+exec .venv/bin/python -m pytest -n auto --dist worksteal "$@"

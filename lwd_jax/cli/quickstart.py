@@ -30,7 +30,7 @@ from lwd_jax.train.checkpoint import FOLDER
 EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~/photographs --workdir runs/mine"
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
-STEPS = {"before": 320, "after": 100, "backbone": 280}  # training steps of the parts
+STEPS = {"before": 320, "after": 100, "base": 320, "arm": 100}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 
@@ -145,17 +145,19 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
 
 
 def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool) -> list[Part]:
-    steps = FAST_STEPS if fast else STEPS["backbone"]
+    base, steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
     data = {"data__latents": run.latents, "models__autoencoder": run.after}
     prompts = [f"--prompt={photograph.caption}" for photograph in photographs[:SAMPLED]]
     few = ["--steps=2"] if fast else []
-    parts = []
+    first = _train(2, run.base, base, fast, matching__mask="everywhere", **data)
+    parts = [Part("stage 2, base: the backbone that both arms fine-tune", first, run.base / FOLDER / str(base))]
+    start = {"models__backbone": run.base, "optimizer__learning_rate": 5e-4}
     for arm, title, mask in (
         ("plain", "stage 2, plain: every position supervised", "everywhere"),
         ("LWD", "stage 2, LWD: the wavelet mask", "time"),
     ):
         workdir = run.arms()[arm]
-        words = _train(2, workdir, steps, fast, matching__mask=mask, **data)
+        words = _train(2, workdir, steps, fast, matching__mask=mask, **start, **data)
         parts.append(Part(title, words, workdir / FOLDER / str(steps)))
     for arm, workdir in run.arms().items():
         out = run.samples()[arm]

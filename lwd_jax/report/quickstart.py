@@ -42,6 +42,7 @@ class Run:
     before = property(lambda self: self.workdir / "autoencoder_before")
     after = property(lambda self: self.workdir / "autoencoder_after")
     latents = property(lambda self: self.workdir / "latents")
+    base = property(lambda self: self.workdir / "backbone_base")
     plain = property(lambda self: self.workdir / "backbone_plain")
     lwd = property(lambda self: self.workdir / "backbone_lwd")
     export = property(lambda self: self.workdir / "export")
@@ -239,11 +240,11 @@ def _stage2(run: Run) -> Section:
     supervised = [_number(float(_lines(arms[arm], "supervised_fraction")[1].mean()), 3) for arm in ARMS]
     rows.append(["supervised share in training", *supervised])
     about = (
-        f"The same backbone, from the same random weights on the same batches for {config.training.steps} steps: once "
-        "with the loss at every position (plain), once under the mask (LWD). The error is measured without the mask "
-        "in both, in the quarter of positions with most detail and in the smoothest. The LWD arm is not asked to "
-        "learn smooth places at high noise levels, so a larger error there is what the mask does, not a defect of "
-        "the run."
+        f"One backbone, trained from random weights for {read_config(run.base).training.steps} steps without a mask, "
+        f"then fine-tuned twice from there, on the same batches, for {config.training.steps} steps: once with the loss "
+        "at every position (plain), once under the mask (LWD). The error is measured without the mask in both, in the "
+        "quarter of positions with most detail and in the smoothest. The LWD arm is not asked to learn smooth places "
+        "at high noise levels, so a larger error there is what the mask does, not a defect of the run."
     )
     caption = "Squared velocity error of held-out squares after the last step, averaged weights, fixed times and noise."
     return Section(

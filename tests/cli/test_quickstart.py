@@ -57,7 +57,7 @@ def test_quickstart_from_photographs_to_report(tmp_path):
 
     again = lwd("--workdir", workdir)
     assert again.returncode == 0, again.stderr[-4000:]
-    assert again.stdout.count("(done before)") == 9  # all but encode, which looks for itself, and the report
+    assert again.stdout.count("(done before)") == 11  # all but the report
 
 
 def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, capsys):
