@@ -30,7 +30,7 @@ from lwd_jax.train.checkpoint import FOLDER
 EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~/photographs --workdir runs/mine"
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
-STEPS = {"before": 320, "after": 100, "base": 320, "arm": 100}  # training steps of the parts
+STEPS = {"before": 500, "after": 120, "base": 500, "arm": 100}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 
@@ -138,27 +138,25 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
         ),
         Part(
             "encode: latents and text states",
-            ["encode", *encode, "--no-buckets", "--text=hashed_words", "--batch-size=8"],
+            ["encode", *encode, "--no-buckets", "--text=hashed_words", "--text-length=12", "--batch-size=8"],
             run.latents / METADATA,
         ),
     ]
 
 
 def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool) -> list[Part]:
-    base, steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
+    base, arm_steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
     data = {"data__latents": run.latents, "models__autoencoder": run.after}
+    plain = {"matching__mask": "everywhere", "optimizer__learning_rate": 1e-3, "training__ema": 0.99}
+    words = _train(2, run.base, base, fast, **plain, **data)
+    parts = [Part("stage 2, base: the backbone that both arms fine-tune", words, run.base / FOLDER / str(base))]
+    titles = {"plain": "stage 2, plain: every position supervised", "LWD": "stage 2, LWD: the wavelet mask"}
+    masks = {"plain": "everywhere", "LWD": "time"}
+    for arm, workdir in run.arms().items():
+        words = _train(2, workdir, arm_steps, fast, models__backbone=run.base, matching__mask=masks[arm], **data)
+        parts.append(Part(titles[arm], words, workdir / FOLDER / str(arm_steps)))
     prompts = [f"--prompt={photograph.caption}" for photograph in photographs[:SAMPLED]]
     few = ["--steps=2"] if fast else []
-    first = _train(2, run.base, base, fast, matching__mask="everywhere", **data)
-    parts = [Part("stage 2, base: the backbone that both arms fine-tune", first, run.base / FOLDER / str(base))]
-    start = {"models__backbone": run.base, "optimizer__learning_rate": 5e-4}
-    for arm, title, mask in (
-        ("plain", "stage 2, plain: every position supervised", "everywhere"),
-        ("LWD", "stage 2, LWD: the wavelet mask", "time"),
-    ):
-        workdir = run.arms()[arm]
-        words = _train(2, workdir, steps, fast, matching__mask=mask, **start, **data)
-        parts.append(Part(title, words, workdir / FOLDER / str(steps)))
     for arm, workdir in run.arms().items():
         out = run.samples()[arm]
         words = ["sample", f"--models={workdir}", *prompts, f"--out={out}", "--batch=2", *few]

@@ -66,11 +66,6 @@ def _lines(workdir: Path, *names: str) -> tuple[np.ndarray, ...]:
     return tuple(np.array([line[name] for line in rows], float) for name in ("step", *names))
 
 
-def _last(workdir: Path, name: str) -> float:
-    """The newest value of a metric."""
-    return float(_lines(workdir, name)[1][-1])
-
-
 # ------------------------------------------------------------------------------------------------------ sections
 
 
@@ -226,7 +221,7 @@ def _time_bins(run: Run, bins: int) -> dict[str, np.ndarray]:
 
 
 def _stage2(run: Run) -> Section:
-    config = read_config(run.lwd)
+    config, base = read_config(run.lwd), read_config(run.base).training.steps
     arms = run.arms()
     regions = {"detail-rich quarter": "loss_detail", "smooth quarter": "loss_smooth"}
     panels = {head: {arm: _lines(workdir, name) for arm, workdir in arms.items()} for head, name in regions.items()}
@@ -235,18 +230,26 @@ def _stage2(run: Run) -> Section:
     by_time = figures.time_bins(
         _time_bins(run, bins), np.linspace(0, 1, bins + 1), "Loss by noise level", "squared velocity error per element"
     )
-    names = {"all positions": "loss", "detail-rich quarter": "loss_detail", "smooth quarter": "loss_smooth"}
-    rows = [[what, *(_number(_last(arms[arm], f"preview/{name}"), 4) for arm in ARMS)] for what, name in names.items()]
+    names = {"all positions": "", "detail-rich quarter": "_detail", "smooth quarter": "_smooth"}
+    names = {what: f"preview/loss{region}" for what, region in names.items()}
+    rows = [
+        [
+            what,
+            _number(_lines(arms["LWD"], name)[1][0], 4),
+            *(_number(_lines(arms[arm], name)[1][-1], 4) for arm in ARMS),
+        ]
+        for what, name in names.items()
+    ]
     supervised = [_number(float(_lines(arms[arm], "supervised_fraction")[1].mean()), 3) for arm in ARMS]
-    rows.append(["supervised share in training", *supervised])
+    rows.append(["supervised share in training", "", *supervised])
     about = (
-        f"One backbone, trained from random weights for {read_config(run.base).training.steps} steps without a mask, "
-        f"then fine-tuned twice from there, on the same batches, for {config.training.steps} steps: once with the loss "
-        "at every position (plain), once under the mask (LWD). The error is measured without the mask in both, in the "
-        "quarter of positions with most detail and in the smoothest. The LWD arm is not asked to learn smooth places "
-        "at high noise levels, so a larger error there is what the mask does, not a defect of the run."
+        f"LWD fine-tunes a backbone that can already paint, so one was trained first, plainly, for {base} steps from "
+        f"random weights. From there, on the same batches, it went on for {config.training.steps} steps twice: with the "
+        "loss at every position (plain), and under the mask (LWD). The error is measured without the mask in both, in "
+        "the quarter of positions with most detail and in the smoothest. The LWD arm is not asked to learn smooth "
+        "places at high noise levels, so a larger error there is what the mask does, not a defect of the run."
     )
-    caption = "Squared velocity error of held-out squares after the last step, averaged weights, fixed times and noise."
+    caption = "Squared velocity error of held-out squares before and after; averaged weights, fixed noise."
     return Section(
         "Stage 2: plain and LWD",
         [
@@ -255,7 +258,7 @@ def _stage2(run: Run) -> Section:
                 "stage2_loss", loss, "Faint: each logged value, strong: running mean. Both arms are measured alike."
             ),
             Picture("loss_by_time", by_time, "Mean over the second half of training; without the mask."),
-            Table(["held-out error", *ARMS], rows, caption),
+            Table(["held-out error", "base", *ARMS], rows, caption),
         ],
     )
 
