@@ -42,6 +42,9 @@ def stand_in_for_lpips(x, y):
     return jnp.abs(x - y).mean(axis=(1, 2, 3))  # LPIPS needs its weights; here only the shape of its result counts
 
 
+LPIPS = jax.tree_util.Partial(stand_in_for_lpips)  # a pytree, as the real one is
+
+
 @functools.cache
 def evaluated(file: Path):
     """(config, program, state and metrics after a step), of which nothing is in memory but shapes."""
@@ -50,7 +53,7 @@ def evaluated(file: Path):
     mesh = AbstractMesh(mesh_shape(config.mesh, chips), AXES)
     opened = open_trained(config)
     sizes = open_autoencoder(config).module.config if config.stage == 2 else None
-    program = build_program(config, mesh, stage_of(config, opened, sizes, SD3_TOKENS, stand_in_for_lpips))
+    program = build_program(config, mesh, stage_of(config, opened, sizes, SD3_TOKENS, LPIPS))
     after = jax.eval_shape(program.step, program.state, program.batch, jax.random.key(0))
     return config, program, after
 

@@ -85,10 +85,15 @@ def standardise(data: bytes) -> Standard:
 
 
 def _open(data: bytes) -> Image.Image:
-    # Pillow has no limit per call, and only warns below twice its limit.
+    # Pillow has no limit per call, and only warns below twice its limit. It looks when it opens, not when it decodes.
+    usual = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    return Image.open(io.BytesIO(data))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data))
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
 
 
 def _is_standard(image: Image.Image) -> bool:

@@ -180,4 +180,12 @@ def test_dct_reduction_agrees_with_full_decoding():
 
 
 def test_no_tensorflow():
-    assert "tensorflow" not in sys.modules and pictures.PIXEL_LIMIT == Image.MAX_IMAGE_PIXELS
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_limit_is_not_left_behind(monkeypatch):
+    usual = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(pictures, "PIXEL_LIMIT", 1000)
+    with pytest.raises(pictures.Rejected, match="bomb"):
+        pictures.standardise(encoded(Image.new("RGB", (64, 64))))
+    assert Image.MAX_IMAGE_PIXELS == usual
