@@ -30,7 +30,7 @@ from lwd_jax.train.checkpoint import FOLDER
 EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~/photographs --workdir runs/mine"
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
-STEPS = {"before": 500, "after": 120, "base": 500, "arm": 100}  # training steps of the parts
+STEPS = {"before": 280, "after": 80, "base": 320, "arm": 80}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 
