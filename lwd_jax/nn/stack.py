@@ -30,10 +30,10 @@ def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
       UserError: no such policy.
     """
     policy = choose(REMAT, remat, "remat policy")
-    # A prototype's jitted remat once had wrong gradients on XLA:CPU (jax 0.10.2; 64 tokens, local batch 1, float32; eager
-    # was right). Its trigger is not known and it does not show in these stacks: widths 64 to 1536, 16 to 256 picture
-    # tokens, batch 1 and 2, jax 0.10.2 and 0.12.0 agree with no remat to 1e-7. The barrier against common subexpressions
-    # stays on; tests/backbones/test_sd3_remat.py holds the law at the sizes in question.
+    # A prototype's jitted remat once had wrong gradients on XLA:CPU (jax 0.10.2; 64 tokens, local batch 1, float32;
+    # eager was right). Its trigger is not known, and it was not seen in these stacks: on jax 0.10.2 every parameter's
+    # gradient agreed with no remat to 2e-7 (widths 64, 128 and 1536, 16 to 256 picture tokens, batch 1 and 2). The
+    # barrier against common subexpressions stays on; tests/backbones/test_sd3_remat.py holds the law at those sizes.
     return block if policy is None else nn.remat(block, policy=policy)
 
 
