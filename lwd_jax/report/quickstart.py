@@ -244,10 +244,10 @@ def _stage2(run: Run) -> Section:
     rows.append(["supervised share in training", "", *supervised])
     about = (
         f"LWD fine-tunes a backbone that can already paint, so one was trained first, plainly, for {base} steps from "
-        f"random weights. From there, on the same batches, it went on for {config.training.steps} steps twice: with the "
-        "loss at every position (plain), and under the mask (LWD). The error is measured without the mask in both, in "
-        "the quarter of positions with most detail and in the smoothest. The LWD arm is not asked to learn smooth "
-        "places at high noise levels, so a larger error there is what the mask does, not a defect of the run."
+        f"random weights. From there, on the same batches, it went on for {config.training.steps} steps twice: with "
+        "the loss at every position (plain), and under the mask (LWD). The error is measured without the mask in "
+        "both, in the quarter of positions with most detail and in the smoothest. The LWD arm is not asked to learn "
+        "smooth places at high noise levels, so a larger error there is what the mask does, not a defect of the run."
     )
     caption = "Squared velocity error of held-out squares before and after; averaged weights, fixed noise."
     return Section(
