@@ -43,7 +43,7 @@ def config(stage, **sections):
         "training": {"steps": 4, "ema": 0.9},
     }
     if stage == 1:
-        values["reconstruction"] = {"lpips": 0.0, "alpha": 0.0, "beta": 1e-3}
+        values["reconstruction"] = {"lpips": 0.0, "alpha": 0.25, "beta": 1e-3, "scales": (2,)}
     return configs.load_config(values | sections)
 
 
