@@ -123,6 +123,7 @@ def _train(stage: int, workdir: Path, steps: int, fast: bool, **overrides) -> li
 def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     before, after = (FAST_STEPS if fast else STEPS[name] for name in ("before", "after"))
     plain = {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False, "optimizer__learning_rate": 3e-3}
+    plain |= {"training__preview_every": 0}  # the report shows this one beside the other; compiling previews takes long
     data = {"data__dataset": run.dataset}
     encode = [f"--dataset={run.dataset}", f"--models={run.after}", f"--out={run.latents}", f"--resolution={SIDE}"]
     return [
@@ -148,6 +149,7 @@ def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool) -> list
     base, arm_steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
     data = {"data__latents": run.latents, "models__autoencoder": run.after}
     plain = {"matching__mask": "everywhere", "optimizer__learning_rate": 1e-3, "training__ema": 0.99}
+    plain |= {"training__preview_every": 0}  # both arms' previews begin with it
     words = _train(2, run.base, base, fast, **plain, **data)
     parts = [Part("stage 2, base: the backbone that both arms fine-tune", words, run.base / FOLDER / str(base))]
     titles = {"plain": "stage 2, plain: every position supervised", "LWD": "stage 2, LWD: the wavelet mask"}
