@@ -6,6 +6,8 @@ over time. The training loop calls `previews(step, params)` on every process; pr
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.config import Config, Matching
 from lwd_jax.data.batches import held_out, held_out_captions
 from lwd_jax.data.latents import open_latents
-from lwd_jax.errors import choose
+from lwd_jax.data.text import open_text_encoder
+from lwd_jax.errors import UserError, choose
 from lwd_jax.evaluate.fidelity import psnr, ssim
 from lwd_jax.evaluate.spectrum import Spectrum, block_mean, high_frequency_share, latent_spectrum, rgb_reference
 from lwd_jax.nn.conditioning import Conditioning
@@ -28,8 +32,8 @@ from lwd_jax.objective.reconstruction import pool
 from lwd_jax.objective.saliency import SALIENCIES
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import figures
-from lwd_jax.report.pipeline import WorkdirModels, text_encoder
-from lwd_jax.sample.generate import decode_in_chunks, generate, initial_noise, make_decoder, to_uint8
+from lwd_jax.report.pipeline import open_models
+from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler, to_uint8
 from lwd_jax.sample.schedule import sigmas
 from lwd_jax.train.setup import Setup
 
@@ -57,6 +61,7 @@ def short(caption: str, limit: int = 40) -> str:
 # ------------------------------------------------------------------------------------------------------- stage 1
 
 
+@functools.lru_cache(maxsize=8)
 def make_reconstruct(module, scales: tuple[int, ...], out_shardings=None) -> Callable:
     """`f(params, pictures uint8 [B H W 3])`, one picture at a time, on the host, of what an autoencoder makes of
     pictures: `picture` uint8 [B H W 3], D(mean); `mean` [B h w C], in use; `pooled`, s -> uint8 [B H/s W/s 3],
@@ -87,6 +92,7 @@ def make_reconstruct(module, scales: tuple[int, ...], out_shardings=None) -> Cal
     return reconstruct
 
 
+@functools.lru_cache(maxsize=8)
 def make_encode(module) -> Callable:
     """`f(params, pictures uint8 [B H W 3]) -> mean [B h w C]`, in use, on the host, one picture at a time."""
 
@@ -159,61 +165,93 @@ def stage1_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
 # ------------------------------------------------------------------------------------------------------- stage 2
 
 
-def _conditioning(config: Config, batch: dict, workdir: Path) -> tuple[Conditioning, Conditioning | None, list[str]]:
-    """(cond [N ..], null [1 ..] or None, captions) of what is sampled: the config's prompts, or held-out captions."""
+def _encode_prompts(config: Config, setup: Setup) -> Conditioning:
+    """States [N ..] of the config's prompts, by the text encoder that the latents' captions were encoded with.
+
+    The run's workdir may hold nothing yet: what it is about to say of itself is in the setup.
+    """
+    text, base = json.loads(setup.description)["text"], config.models.backbone
+    folder = open_models(base).text_folder() if base else None
+    if folder is None and text["kind"] != "hashed_words":
+        raise UserError(
+            f"training.preview_prompts needs the text encoders ({text['kind']}) of the latents' captions, but "
+            f"models.backbone '{base}' comes with none; leave it empty to preview held-out captions."
+        )
+    encoder = open_text_encoder(text, folder)
+    if encoder.fingerprint != text["fingerprint"]:
+        raise UserError(
+            f"training.preview_prompts: the latents' captions were encoded by the text encoder "
+            f"{text['fingerprint'][:16]}, but that of '{base}' is {encoder.fingerprint[:16]}."
+        )
+    return Conditioning(*encoder.encode(list(config.training.preview_prompts)))
+
+
+def _conditioning(
+    config: Config, setup: Setup, batch: dict
+) -> tuple[Conditioning, Conditioning | None, tuple[str, ...]]:
+    """(cond [N ..], null [1 ..] or None, captions [N]) of what is sampled: the config's prompts, or held-out
+    captions.
+    """
     null = None
     if config.sampling.guidance > 1:
         null = Conditioning(*(part[None] for part in open_latents(config.data.latents).null_text))
     if config.training.preview_prompts:
-        prompts = list(config.training.preview_prompts)
-        return Conditioning(*text_encoder(WorkdirModels(workdir, config)).encode(prompts)), null, prompts
-    cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
-    return cond, null, held_out_captions(config)[: len(batch["tokens"])]
+        return _encode_prompts(config, setup), null, config.training.preview_prompts
+    cond = Conditioning(*(batch[name][:SHOWN] for name in ("tokens", "token_mask", "pooled")))
+    return cond, null, tuple(held_out_captions(config)[:SHOWN])
 
 
-def make_sample(config: Config, module, out_shardings=None) -> Callable:
-    """`f(params, noise [B h w C], cond, null) -> z0`, with the config's sampling settings, one picture at a time."""
+@functools.lru_cache(maxsize=8)
+def _gather(sharding: NamedSharding) -> Callable:
+    """Moves an array to a layout; to `replicated`, so that every process can read all of it."""
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def make_sample(config: Config, module, everywhere: NamedSharding) -> Callable:
+    """`f(params, noise [B h w C], cond, null) -> z0` on the host, with the config's sampling settings, one picture at
+    a time.
+    """
     sampling = config.sampling
-    levels = sigmas(sampling.steps, sampling.shift)
-
-    def one(params, noise, cond, null):
-        def predict(z_t, t, cond):
-            return module.apply({"params": params}, z_t, t, cond)
-
-        return generate(predict, noise, cond, null, sampling.guidance, levels, sampling.solver)
-
-    jitted = jax.jit(one, out_shardings=out_shardings)
+    levels, sampler = sigmas(sampling.steps, sampling.shift), make_sampler(module, sampling.solver)
 
     def sample(params, noise, cond, null) -> np.ndarray:
         rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (noise, cond)) for i in range(len(noise))]
-        return np.concatenate([jax.device_get(jitted(params, *row, null)) for row in rows])
+        made = (sampler(params, *row, null, sampling.guidance, levels) for row in rows)
+        return np.concatenate([jax.device_get(_gather(everywhere)(z0)) for z0 in made])
 
     return sample
 
 
-def make_held_out_loss(config: Config, module, scale: Callable, out_shardings=None) -> Callable:
+@functools.lru_cache(maxsize=8)  # the arms of a comparison differ in the mask only, and share this program
+def _example_loss(matching: Matching, module, autoencoder: kl.Config, everywhere: NamedSharding) -> Callable:
+    """Jitted `f(params, example, t [1], key) -> metrics` of one held-out example."""
+
+    def one(params, example, t, key):
+        def predict(z_t, t, cond):
+            return module.apply({"params": params}, z_t, t, cond)
+
+        z0 = kl.scale(autoencoder, example["mean"])
+        cond = Conditioning(example["tokens"], example["token_mask"], example["pooled"])
+        _, metrics = matching_loss(predict, z0, cond, t, jax.random.normal(key, z0.shape), matching)
+        return {name: metrics[name] for name in ("loss", "loss_detail", "loss_smooth")}
+
+    return jax.jit(one, out_shardings=everywhere)
+
+
+def make_held_out_loss(config: Config, module, autoencoder: kl.Config, everywhere: NamedSharding) -> Callable:
     """`f(params, batch) -> {"loss", "loss_detail", "loss_smooth"}`: the unmasked loss of held-out pictures.
 
     The times are HELD_OUT_TIMES and the noise hangs on the config's seed alone, so that the steps of a run, and runs
     with different masks, can be compared.
 
     Args:
+      config: of the run.
       module: the backbone.
-      scale: unscaled latent -> latent in use.
-      out_shardings: where results go.
+      autoencoder: the config of the one that made the latents.
+      everywhere: whole on every device of the run's mesh.
     """
     plain = dataclasses.replace(config.matching, mask="everywhere", weighting="none", normalise="all")
-
-    def one(params, example, t, key):
-        def predict(z_t, t, cond):
-            return module.apply({"params": params}, z_t, t, cond)
-
-        z0 = scale(example["mean"])
-        cond = Conditioning(example["tokens"], example["token_mask"], example["pooled"])
-        _, metrics = matching_loss(predict, z0, cond, t, jax.random.normal(key, z0.shape), plain)
-        return {name: metrics[name] for name in ("loss", "loss_detail", "loss_smooth")}
-
-    jitted = jax.jit(one, out_shardings=out_shardings)
+    example_loss = _example_loss(plain, module, autoencoder, everywhere)
 
     def loss(params, batch: dict) -> dict[str, float]:
         found = []
@@ -221,7 +259,7 @@ def make_held_out_loss(config: Config, module, scale: Callable, out_shardings=No
             example = {name: value[number : number + 1] for name, value in batch.items()}
             for index, t in enumerate(HELD_OUT_TIMES):
                 key = jax.random.fold_in(jax.random.key(config.seed), number * len(HELD_OUT_TIMES) + index)
-                found.append(jax.device_get(jitted(params, example, np.full(1, t, np.float32), key)))
+                found.append(jax.device_get(example_loss(params, example, np.full(1, t, np.float32), key)))
         return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
     return loss
@@ -239,21 +277,19 @@ def masks_over_time(z: np.ndarray, matching: Matching, times) -> tuple[np.ndarra
 
 
 def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
-    """Pictures of samples and, once, of masks; the loss on held-out pictures, and the samples' high-frequency share."""
+    """Pictures of samples and, once, of masks, SHOWN each where they are of held-out pictures; the loss on all held-out
+    pictures, and the samples' high-frequency share.
+    """
     decoder, weights = setup.autoencoder
     module, everywhere = setup.opened.module, replicated(setup.mesh)
-    batch = {name: part[:SHOWN] for name, part in held_out(config).items()}
-    cond, null, prompts = _conditioning(config, batch, workdir)
+    batch = held_out(config)
+    cond, null, prompts = _conditioning(config, setup, batch)
     noise = np.asarray(initial_noise(config.seed, np.arange(len(prompts)), batch["mean"].shape[1:]))
     decode, sample = make_decoder(decoder), make_sample(config, module, everywhere)
-
-    def scale(mean):
-        return kl.scale(decoder.config, mean)
-
-    held_out_loss = make_held_out_loss(config, module, scale, everywhere)
+    held_out_loss = make_held_out_loss(config, module, decoder.config, everywhere)
 
     def show_masks() -> None:
-        z = np.asarray(scale(batch["mean"]))
+        z = np.asarray(kl.scale(decoder.config, batch["mean"][:SHOWN]))
         saliency, masks = masks_over_time(z, config.matching, TIMES)
         title = f"What the mask '{config.matching.mask}' supervises at noise level t (decoded held-out latents)"
         pictures = decode_in_chunks(decode, weights, z)
