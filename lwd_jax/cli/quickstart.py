@@ -7,6 +7,7 @@ It ends with a report, WORKDIR/report.html, that says what so small a run can an
 """
 
 import json
+import math
 import os
 import shlex
 import time
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import jax
 
 import lwd_jax
+from lwd_jax.cli.config_flag import read_config
 from lwd_jax.data.dataset import INDEX as DATASET_INDEX
 from lwd_jax.data.latents import METADATA
 from lwd_jax.errors import UserError
@@ -30,6 +32,7 @@ from lwd_jax.train.checkpoint import FOLDER
 EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~/photographs --workdir runs/mine"
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
+WORDS = 11  # of a caption that are read; the text encoder adds one token for the beginning
 STEPS = {"before": 280, "after": 80, "base": 320, "arm": 80}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
@@ -60,7 +63,7 @@ class Part(NamedTuple):
 
 
 class Clock:
-    """Runs parts, says which, and keeps the seconds each took in times.json, over interruptions too."""
+    """Runs parts, says which, and keeps the seconds each took in times.json, over interruptions and failures too."""
 
     def __init__(self, workdir: Path, parts: int):
         self._file, self._parts, self._number = workdir / TIMES_FILE, parts, 0
@@ -77,10 +80,11 @@ class Clock:
         print(f"\n[{self._number}/{self._parts}]  {minutes}:{seconds:02d}  {part.title}{note}", flush=True)
         if done:
             return 0
-        status = (part.work() if callable(part.work) else _run_command(part.work)) or 0
-        self.seconds[part.title] = self.seconds.get(part.title, 0.0) + time.perf_counter() - start
-        self._file.write_text(json.dumps(self.seconds, indent=1))
-        return status
+        try:
+            return (part.work() if callable(part.work) else _run_command(part.work)) or 0
+        finally:
+            self.seconds[part.title] = self.seconds.get(part.title, 0.0) + time.perf_counter() - start
+            self._file.write_text(json.dumps(self.seconds, indent=1))
 
 
 def _run_command(words: list[str]) -> int | None:
@@ -110,14 +114,28 @@ def _check_source(workdir: Path, images: str, fast: bool) -> None:
     file.write_text(json.dumps(source))
 
 
+def _config(stage: int) -> str:
+    return os.path.relpath(CONFIGS / f"quickstart_stage{stage}.py")
+
+
+def mesh_fields(devices: int) -> dict[str, int]:
+    """The config fields of a mesh that the batches of both stages divide over; {} where the configs' own will do.
+
+    A mesh covers all devices. As many as divide both batches share the pictures; the others go to `tensor`, the axis
+    that divides no pictures, and hold parameters that do not divide over it whole.
+    """
+    sizes = [read_config(_config(stage), []).data.batch_size for stage in (1, 2)]
+    shared = math.gcd(devices, *sizes)
+    return {} if shared == devices else {"mesh__fsdp": shared, "mesh__tensor": -1}
+
+
 def _train(stage: int, workdir: Path, steps: int, fast: bool, **overrides) -> list[str]:
     """The words of `lwd train`; overrides are config fields with __ for the dot."""
-    fields = {"training__steps": steps, "training__preview_every": steps} | overrides
+    fields = {"training__steps": steps, "training__preview_every": steps} | mesh_fields(jax.device_count()) | overrides
     if fast:
         fields |= {"optimizer__warmup": 1, "training__log_every": 1}
-    config = os.path.relpath(CONFIGS / f"quickstart_stage{stage}.py")
     given = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
-    return ["train", f"--config={config}", f"--workdir={workdir}", *given]
+    return ["train", f"--config={_config(stage)}", f"--workdir={workdir}", *given]
 
 
 def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
@@ -139,7 +157,7 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
         ),
         Part(
             "encode: latents and text states",
-            ["encode", *encode, "--no-buckets", "--text=hashed_words", "--text-length=12", "--batch-size=8"],
+            ["encode", *encode, "--no-buckets", "--text=hashed_words", f"--text-length={WORDS + 1}", "--batch-size=8"],
             run.latents / METADATA,
         ),
     ]
@@ -182,6 +200,8 @@ def run(args) -> int:
     if not CONFIGS.is_dir():
         raise UserError(f"The quickstart reads its configs from {CONFIGS}, which is not there; run it from a checkout.")
     workdir = Path(args.workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file; name a folder with --workdir.")
     photographs = own(args.images) if args.images else shipped()
     workdir.mkdir(parents=True, exist_ok=True)
     _check_source(workdir, args.images, args.fast)
@@ -196,10 +216,10 @@ def run(args) -> int:
         if status := clock.run(part):
             print("Stopped; the same lwd quickstart goes on from here.")
             return status
-    clock.run(Part("report", lambda: write_report(place, photographs, clock.seconds), None))
+    clock.run(Part("report", lambda: write_report(place, photographs, clock.seconds, args.fast), None))
+    sample = ["lwd", "sample", "--models", place.export, "--prompt", photographs[0].caption, "--out", workdir / "more"]
     print(
         f"\nThe report is {workdir / 'report.html'}; its pictures are in {workdir / 'pictures'}. Next: open it in a "
-        "browser, or\n"
-        f'lwd sample --models {place.export} --prompt "{photographs[0].caption}" --out {workdir / "more"}'
+        f"browser, or\n{shlex.join(map(str, sample))}"
     )
     return 0

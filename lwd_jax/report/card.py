@@ -90,13 +90,13 @@ picture = pipe(
 ).images[0]
 ```"""
 _STATES_USE = """This folder has no text encoders (captions were encoded by `{kind}`): the pipeline takes text states.
-
+{fill_in}
 ```python
 import torch
 from diffusers import StableDiffusion3Pipeline
 from lwd_jax.report.pipeline import open_models, text_encoder
 
-states = text_encoder(open_models(folder)).encode(["a red boat on a lake", ""])
+{set_folder}states = text_encoder(open_models(folder){text_folder}).encode(["a red boat on a lake", ""])
 tokens, pooled = (torch.tensor(part, dtype=torch.{dtype}) for part in (states.tokens, states.pooled))
 pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
 picture = pipe(
@@ -112,16 +112,27 @@ picture = pipe(
 ```"""
 
 
+# Where the text encoder has weights, they are the user's to name.
+_FILL_IN = """Set `text_folder` to the diffusers folder that holds them; it is checked that they are the same.
+"""
+_SET_FOLDER = """text_folder = "TEXT_FOLDER"  # fill in: a folder with text_encoder/, tokenizer/ and their kin
+"""
+
+
 def _use(manifest: dict, absent: list[str]) -> str:
     if manifest["stage"] == 1:
         return _AUTOENCODER_USE
     sampling, text = manifest["sampling"], manifest["text"]
+    needs_folder = text.get("kind") != "hashed_words"
     return (_STATES_USE if "text_encoder" in absent else _PIPELINE_USE).format(
         dtype=manifest["dtype"],
         side=manifest["config"]["resolution"],
         steps=sampling["steps"],
         guidance=sampling["guidance"],
         kind=text.get("kind", "something that the run does not name"),
+        fill_in=_FILL_IN if needs_folder else "",
+        set_folder=_SET_FOLDER if needs_folder else "",
+        text_folder=", text_folder" if needs_folder else "",
         max_length=text.get("settings", {}).get("max_length", 256),  # 256 is the pipeline's own default
         absent="".join(f", {part}=None" for part in absent),
     )

@@ -219,7 +219,7 @@ def time_bins(arms: Mapping[str, np.ndarray], edges: np.ndarray, title: str, yla
     """Bars of a value per bin of the noise level t, arms side by side.
 
     Args:
-      arms: name -> [bins]; NaN where a bin saw no sample.
+      arms: name -> [bins]; NaN where a bin saw no sample: no bar is drawn, and it is said so.
       edges: [bins + 1] of t.
     """
     with style():
@@ -230,8 +230,11 @@ def time_bins(arms: Mapping[str, np.ndarray], edges: np.ndarray, title: str, yla
         for index, (name, values) in enumerate(arms.items()):
             place = np.arange(bins) + (index - (len(arms) - 1) / 2) * width
             colour = SERIES.get(name, QUIET)
-            axes.bar(place, np.nan_to_num(values), width * 0.92, color=colour, label=name, linewidth=0)
+            axes.bar(place, values, width * 0.92, color=colour, label=name, linewidth=0)
+            for where in place[~np.isfinite(values)]:  # an absent bar alone would look like a loss of 0
+                axes.text(where, 0, "no sample", rotation=90, ha="center", va="bottom", color=colour, fontsize=9)
         axes.set_xticks(np.arange(bins), [f"{a:g} - {b:g}" for a, b in zip(edges[:-1], edges[1:])])
+        axes.set_xlim(-0.5, bins - 0.5)
         axes.set_xlabel("noise level t (0 = data, 1 = noise)")
         axes.set_ylabel(ylabel)
         axes.set_title(title)

@@ -5,7 +5,8 @@ A model as small as the quickstart's learns from many views of few photographs: 
 
 import importlib.util
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,25 +73,35 @@ def shipped() -> list[Photograph]:
     return found
 
 
+def unique(name: str, taken: Collection[str]) -> str:
+    """`name`, or with a number behind it where it is taken; letter case does not tell names apart."""
+    known = {each.casefold() for each in taken}
+    numbered = (name if count == 1 else f"{name}~{count}" for count in itertools.count(1))
+    return next(each for each in numbered if each.casefold() not in known)
+
+
 def own(folder: str | Path) -> list[Photograph]:
     """The photographs of a folder, with their captions as `lwd prepare` finds them, or else the words of the file's
-    name.
+    name. Their names are those of the files, made unique.
 
     Raises:
       UserError: no such folder, or no readable picture in it.
     """
     paths = find_pictures(folder)
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(MOST, len(paths))).astype(int))]
-    found, reason = [], ""
+    found, names, reason = [], [], ""
     for path, captions in zip(paths, find_captions(Path(folder), paths)):
         try:
             standardise(path.read_bytes())
         except Rejected as rejected:
             reason = f"{path.name}: {rejected}"
             continue
+        except OSError as error:
+            reason = f"{path.name}: cannot be read: {error.strerror}"
+            continue
         caption = captions[0] if captions else " ".join(path.stem.replace("_", " ").replace("-", " ").split())
-        name = "_".join(path.relative_to(folder).with_suffix("").parts)
-        found.append(Photograph(name, caption, lambda path=path: _rgb(path.read_bytes())))
+        names.append(unique("_".join((*path.relative_to(folder).parent.parts, path.stem)), names))
+        found.append(Photograph(names[-1], caption, lambda path=path: _rgb(path.read_bytes())))
     if not found:
         raise UserError(f"None of the pictures in '{folder}' can be used; {reason}.")
     return found
@@ -121,7 +132,7 @@ def write_crops(photographs: list[Photograph], folder: Path, total: int, side: i
             share, place = 1.0, (0.5, 0.5)
             if view:
                 share, place = rng.uniform(SMALLEST_CROP, 1), tuple(rng.uniform(size=2))
-            stem = folder / f"{photograph.name}_{view:03d}"
-            Image.fromarray(crop(picture, share, place, side)).save(stem.with_suffix(".png"))
-            stem.with_suffix(".txt").write_text(photograph.caption + "\n", encoding="utf-8")
+            name = f"{photograph.name}_{view:03d}"  # no Path.with_suffix: a dot in the name is part of it
+            Image.fromarray(crop(picture, share, place, side)).save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(photograph.caption + "\n", encoding="utf-8")
     return each * len(photographs)

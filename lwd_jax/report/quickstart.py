@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import resource
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ from PIL import Image
 
 from lwd_jax.config import Config
 from lwd_jax.data.batches import held_out
+from lwd_jax.data.latents import open_latents
 from lwd_jax.evaluate.fidelity import psnr, ssim
 from lwd_jax.evaluate.spectrum import block_mean, high_frequency_share
 from lwd_jax.report import figures
@@ -69,7 +72,9 @@ def _lines(workdir: Path, *names: str) -> tuple[np.ndarray, ...]:
 # ------------------------------------------------------------------------------------------------------ sections
 
 
-def _what(photographs: list[Photograph], config: Config) -> Section:
+def _what(photographs: list[Photograph], run: Run, config: Config, fast: bool) -> Section:
+    words = open_latents(run.latents).metadata["text"]["length"] - 1  # the first token marks the beginning
+    cut = sum(len(photograph.caption.split()) > words for photograph in photographs)
     scale_of_it = (
         f"Everything here was made on this machine from {len(photographs)} photographs, with a small autoencoder and "
         f"a small SD3 backbone that began as random numbers and saw pictures of {config.resolution} x "
@@ -84,10 +89,18 @@ def _what(photographs: list[Photograph], config: Config) -> Section:
         "What it cannot show: how well the method works. A model that has seen a few photographs for a few minutes "
         "repeats them and does not generalise; the held-out squares are other views of the same photographs and "
         "overlap with those trained on; one seed of a short run says nothing about which arm is better at 2048 px; "
-        "and the text encoder tells words apart without knowing their meaning. For that, start from SD3's weights "
-        "with the configs of stage1_ and stage2_."
+        "and the text encoder tells words apart without knowing their meaning, and reads the first "
+        f"{words} words of a caption ({cut} of the {len(photographs)} captions are longer). For that, start from SD3's "
+        "weights with the configs of stage1_ and stage2_."
     )
-    return Section("What this is", [Text(scale_of_it), Text(can), Text(cannot, note=True)])
+    blocks = [Text(scale_of_it), Text(can), Text(cannot, note=True)]
+    if fast:
+        shortened = (
+            "This is a run with --fast: each part trained for a few steps only. It shows that the parts run; nothing "
+            "was learnt, and no figure below means anything else."
+        )
+        blocks.insert(0, Text(shortened, note=True))
+    return Section("What this is", blocks)
 
 
 def _photographs(photographs: list[Photograph]) -> Section:
@@ -281,24 +294,31 @@ def _samples(run: Run) -> Section:
     return Section("Samples", [Picture("samples", png, caption)])
 
 
-def _times(seconds: dict[str, float], run: Run) -> Section:
+def peak_memory() -> float:
+    """The most memory this process has held, GiB. The kernel counts it in KiB, but macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _times(seconds: dict[str, float]) -> Section:
     rows = [[title, f"{value:.0f} s"] for title, value in seconds.items()] + [
         ["together", f"{sum(seconds.values()):.0f} s"]
     ]
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    peak = usage.ru_maxrss / 2**20
     device = jax.devices()[0].device_kind
     about = (
-        f"{os.cpu_count()} cores, {jax.device_count()} {device} device(s), jax {jax.__version__}; at most {peak:.1f} "
-        f"GiB of memory, {usage.ru_utime + usage.ru_stime:.0f} s of processor time in the last run of the command. "
-        "Compiling is part of it."
+        f"{os.cpu_count()} cores, {jax.device_count()} {device} device(s), jax {jax.__version__}; at most "
+        f"{peak_memory():.1f} GiB of memory, {usage.ru_utime + usage.ru_stime:.0f} s of processor time in the last run "
+        "of the command. Compiling is part of it; so is what an interrupted run did again."
     )
     return Section("Times", [Table(["part", "time"], rows), Text(about)])
 
 
 def _next(run: Run, photographs: list[Photograph]) -> Section:
+    sample = ["lwd", "sample", "--models", run.export, "--prompt", photographs[0].caption, "--out", "samples"]
     commands = (
-        f'lwd sample --models {run.export} --prompt "{photographs[0].caption}" --out samples\n'
+        "source .venv/bin/activate      # in the checkout, once in a shell: launch/quickstart.sh put lwd there\n"
+        f"{shlex.join(map(str, sample))}\n"
         "lwd quickstart --images ~/photographs --workdir runs/mine      # the same on your own pictures\n"
         "lwd train --config=configs/stage1_sd3_512.py --workdir=runs/stage1 ...   # your SD3 weights; see the README"
     )
@@ -309,23 +329,24 @@ def _next(run: Run, photographs: list[Photograph]) -> Section:
     return Section("What to do next", [Text(files), Code(commands)])
 
 
-def write_report(run: Run, photographs: list[Photograph], seconds: dict[str, float]) -> None:
+def write_report(run: Run, photographs: list[Photograph], seconds: dict[str, float], fast: bool = False) -> None:
     """Writes `workdir/report.html` and `workdir/pictures/*.png`.
 
     Args:
       run: a quickstart whose parts are all done.
       photographs: those it was made on.
       seconds: title of a part -> how long it took.
+      fast: it was a run of a few steps; the page says so.
     """
     config = read_config(run.lwd)
     sections = [
-        _what(photographs, config),
+        _what(photographs, run, config, fast),
         _photographs(photographs),
         _saliency(photographs, run, config),
         _stage1(run),
         _stage2(run),
         _samples(run),
-        _times(seconds, run),
+        _times(seconds),
         _next(run, photographs),
     ]
     lead = "Both stages of Latent Wavelet Diffusion, end to end and small, on real photographs."

@@ -73,6 +73,13 @@ class Sample(NamedTuple):
     height: int
 
 
+def _one_array(loaded) -> np.ndarray:
+    """What np.load gave, unless it is an archive of several arrays."""
+    if not isinstance(loaded, np.ndarray):
+        raise ValueError("it is an archive of arrays, not one array")
+    return loaded
+
+
 def read_noise(path: str) -> np.ndarray:
     """Latents from PyTorch, [N C h w], in a .npy file or alone in a .safetensors file -> [N h w C] float32.
 
@@ -82,16 +89,16 @@ def read_noise(path: str) -> np.ndarray:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"There is no file '{path}'.")
+    if file.suffix not in (".npy", ".safetensors"):
+        raise UserError(f"Latents are read from .npy and .safetensors files, but '{path}' is neither.")
     try:
         if file.suffix == ".npy":
-            tensors = [np.load(file, allow_pickle=False)]
-        elif file.suffix == ".safetensors":
+            tensors = [_one_array(np.load(file, allow_pickle=False))]
+        else:
             with safe_open(file, framework="np") as opened:
                 tensors = [opened.get_tensor(name) for name in opened.keys()]
-        else:
-            raise UserError(f"Latents are read from .npy and .safetensors files, but '{path}' is neither.")
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}.") from error
+    except (ValueError, EOFError, OSError, SafetensorError) as error:
+        raise UserError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if len(tensors) != 1 or tensors[0].ndim != 4:
         raise UserError(f"'{path}' must hold one tensor of latents, [pictures, channels, height, width].")
     return np.ascontiguousarray(tensors[0].transpose(0, 2, 3, 1), dtype=np.float32)

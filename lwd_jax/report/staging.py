@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from lwd_jax.data import records
 from lwd_jax.errors import UserError
 
 
@@ -33,20 +33,13 @@ def check_free(folder: str | os.PathLike, overwrite: bool, marker: str) -> None:
 def staged(folder: str | os.PathLike, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary sibling of `folder` to write into; it takes the folder's place when the block ends without an error.
 
+    An earlier result stays until the new one is whole, and comes back where it cannot be replaced.
+
     Args: as `check_free`, which is asked first.
 
     Yields:
       The empty sibling folder.
     """
     check_free(folder, overwrite, marker)
-    folder = Path(folder).absolute()
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    partial.mkdir(parents=True)
-    try:
+    with records.staged(Path(folder).absolute()) as partial:
         yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

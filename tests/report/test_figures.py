@@ -67,6 +67,14 @@ def test_square_is_the_centre():
     assert (figures.square(picture, 10) > 180).all()  # the filter reaches a little over the edge
 
 
+def test_a_time_bin_without_samples_is_not_a_loss_of_nothing():
+    def drawn(*values):
+        return figures.time_bins({"LWD": np.array(values)}, np.linspace(0, 1, 4), "t", "y")
+
+    assert drawn(1, np.nan, 3) != drawn(1, 0, 3)
+    assert Image.open(io.BytesIO(drawn(np.nan, np.nan, np.nan))).format == "PNG"
+
+
 def test_large_pictures_are_drawn_small():
     large = np.zeros((3000, 5300, 3), np.uint8)
     shown = Image.open(

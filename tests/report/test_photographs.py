@@ -1,5 +1,8 @@
 """The quickstart's photographs: there without a download, cut the same way each time, never squeezed."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,6 +49,41 @@ def test_own_photographs_are_captioned_by_file_or_by_name(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     found = {p.name: p.caption for p in own(tmp_path)}
     assert found == {"red_boat-2": "red boat 2", "trip_lake": "a lake in the morning"}
+
+
+def test_every_photograph_keeps_its_own_squares_whatever_its_name(tmp_path):
+    names = ("holiday.2024.jpg", "holiday.2025.jpg", "a.jpg", "a.png", "A.webp", "a_b.png", "a/b.png", "a~2.png")
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), 20 * number, np.uint8)).save(tmp_path / "in" / name)
+    photographs = own(tmp_path / "in")
+    assert len({photograph.name.casefold() for photograph in photographs}) == len(names)
+    assert {"holiday.2024", "holiday.2025", "a_b"} <= {photograph.name for photograph in photographs}
+    out = tmp_path / "out"
+    out.mkdir()
+    count = write_crops(photographs, out, 2 * len(names), 16)
+    pictures = sorted(out.glob("*.png"))
+    assert count == len(pictures) == 2 * len(names) == len(list(out.glob("*.txt")))
+    assert all(picture.with_name(f"{picture.name.removesuffix('.png')}.txt").is_file() for picture in pictures)
+    assert len({np.asarray(Image.open(picture)).mean().round() for picture in pictures}) == len(names)
+
+
+def test_an_unreadable_photograph_is_passed_over_or_named(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / name)
+    read = Path.read_bytes
+
+    def refuse(path):  # chmod would not keep root from reading
+        if path.name in refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    refused = {"a.png"}
+    assert [photograph.name for photograph in own(tmp_path)] == ["b"]
+    refused = {"a.png", "b.png"}
+    with pytest.raises(UserError, match="b.png: cannot be read: Permission denied"):
+        own(tmp_path)
 
 
 def test_a_large_folder_is_thinned_evenly(tmp_path):

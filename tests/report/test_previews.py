@@ -53,7 +53,9 @@ def config(tmp_path_factory):
             "dtype": "float32",
             "remat": "none",
             "models": models | {name: str(root / models[name]) for name in ("autoencoder", "backbone")},
-            "data": {"latents": str(root / "latents"), "batch_size": 1, "workers": 0, "held_out": HELD_OUT, "buckets": False},
+            "data": {
+                "latents": str(root / "latents"), "batch_size": 1, "workers": 0, "held_out": HELD_OUT, "buckets": False,
+            },
             "training": {"preview_prompts": ("a red boat", "two cats"), "preview_every": 1},
             "sampling": {"steps": 2, "guidance": 2.0},
         }

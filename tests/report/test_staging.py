@@ -1,0 +1,46 @@
+"""An output folder is there whole, or as it was before."""
+
+from pathlib import Path
+
+import pytest
+
+from lwd_jax.errors import UserError
+from lwd_jax.report.staging import staged
+
+
+def write(folder, text, overwrite=False):
+    with staged(folder, overwrite, "result.txt") as partial:
+        (partial / "result.txt").write_text(text)
+
+
+def test_it_appears_whole_and_replaces_only_when_asked(tmp_path):
+    out = tmp_path / "deep" / "out"
+    write(out, "one")
+    with pytest.raises(UserError, match="--overwrite"):
+        write(out, "two")
+    write(out, "two", overwrite=True)
+    assert (out / "result.txt").read_text() == "two" and [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    write(tmp_path / "out", "one")
+    with pytest.raises(RuntimeError), staged(tmp_path / "out", True, "result.txt") as partial:
+        (partial / "result.txt").write_text("two")
+        raise RuntimeError
+    assert (tmp_path / "out" / "result.txt").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_earlier_result_comes_back_when_it_cannot_be_replaced(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    write(out, "one")
+
+    def fail(path, target):
+        if path.suffix == ".partial":
+            raise OSError(28, "No space left on device", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="No space"):
+        write(out, "two", overwrite=True)
+    assert (out / "result.txt").read_text() == "one" and [path.name for path in tmp_path.iterdir()] == ["out"]
