@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lwd_jax.nn.layers import precision_of
 from lwd_jax.shapes import Array
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -82,12 +83,43 @@ def _activated(activate: Affine | None, x: Array) -> Array:
     return x if activate is None else nn.silu(activate(x)).astype(x.dtype)
 
 
+def _product(step: Step, x: Array, kernel: Array, dtype=None) -> Array:
+    """x [B H W C] convolved with a [kh kw C D] kernel; float32 operands in full precision."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (step.stride, step.stride),
+        step.padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision_of(x.dtype),
+        preferred_element_type=dtype,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _accumulated(step: Step, x: Array, kernel: Array) -> Array:
+    """`_product` of bfloat16 operands in float32: its sums as they are, not rounded again."""
+    return _product(step, x, kernel, jnp.float32)
+
+
+def _accumulated_forward(step: Step, x: Array, kernel: Array):
+    return _accumulated(step, x, kernel), (x, kernel)
+
+
+def _accumulated_backward(step: Step, operands: tuple[Array, Array], gradient: Array):
+    # JAX does not transpose a convolution whose result is wider than its operands: the gradient would meet an operand
+    # of another dtype. It is rounded to theirs, as it is on its way into every other convolution.
+    return jax.vjp(functools.partial(_product, step), *operands)[1](gradient.astype(operands[0].dtype))
+
+
+_accumulated.defvjp(_accumulated_forward, _accumulated_backward)
+
+
 def _convolve_whole(
     step: Step, x: Array, kernel: Array, bias: Array, activate: Affine | None, plus: Array | None
 ) -> Array:
-    x = _activated(activate, x)
-    strides, numbers = (step.stride, step.stride), ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(x, kernel, strides, step.padding, dimension_numbers=numbers) + bias
+    product = _product if bias.dtype == x.dtype else _accumulated
+    y = product(step, _activated(activate, x), kernel) + bias
     return y if plus is None else y + plus
 
 
@@ -110,13 +142,14 @@ def _convolve_bands(
         part = _activated(activate, _rows(bits, there, span, x.dtype))
         part = jnp.pad(part, ((0, 0), vertical, (0, 0), (0, 0)))
         part = _rows(part, wanted - there + vertical[0], span, x.dtype)
-        more = None if added is None else _rows(added, start, size, x.dtype)
+        more = None if added is None else _rows(added, start, size, bias.dtype)
         return _bits(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, None, more))
 
     # Every row is overwritten. The value at the start is one of x, so that this buffer is made when x is there:
     # constants would be made at the program's start, for all convolutions at once.
-    result = jnp.full((batch, rows, columns, kernel.shape[-1]), bits[0, 0, 0, 0])
-    return _values(_write_bands(result, size, convolved), x.dtype)
+    kept = jnp.uint16 if bias.dtype == jnp.bfloat16 else bias.dtype
+    result = jnp.full((batch, rows, columns, kernel.shape[-1]), bits[0, 0, 0, 0].astype(kept))
+    return _values(_write_bands(result, size, convolved), bias.dtype)
 
 
 def convolve(
@@ -130,7 +163,8 @@ def convolve(
 ) -> Array:
     """silu(activate(x)), [B H W C], convolved with a [kh kw C D] kernel, plus a [D] bias, plus `plus`.
 
-    Without `activate`, x itself. `plus` has the shape of the result.
+    Without `activate`, x itself. `plus` has the shape of the result. Bias and `plus` have its dtype: that of x and
+    kernel, or float32, which keeps what the products were summed in.
     """
     whole = functools.partial(_convolve_whole, step)
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
@@ -140,8 +174,12 @@ def convolve(
 
 
 def _moments_whole(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    return jnp.stack([x.mean(2), jnp.square(x).mean(2)], axis=-1)
+    # About a value of the row itself, which changes nothing but the rounding: E[x^2] - E[x]^2 loses the spread of
+    # values far from zero. The middle one, because the zeros around a picture set its edges apart.
+    about = jax.lax.stop_gradient(x[:, :, x.shape[2] // 2, None]).astype(jnp.float32)
+    x = x.astype(jnp.float32) - about
+    mean, square = x.mean(2), jnp.square(x).mean(2)
+    return jnp.stack([mean + about[:, :, 0], jnp.maximum(square - jnp.square(mean), 0.0)], axis=-1)
 
 
 def _moments_bands(band: int, x: Array) -> Array:
@@ -153,7 +191,7 @@ def _moments_bands(band: int, x: Array) -> Array:
 
 
 def row_moments(x: Array, limits: Limits = Limits()) -> Array:
-    """Mean and mean square over each row and channel: [B H W C] -> [B H C 2] float32."""
+    """Mean and variance over each row and channel: [B H W C] -> [B H C 2] float32."""
     if x.size <= limits.whole:
         return _moments_whole(x)
     return _by_platform(_moments_whole, functools.partial(_moments_bands, limits.band))(x)
@@ -167,6 +205,8 @@ class Conv(nn.Module):
       size: of the square kernel.
       stride: of both axes.
       padding: rows (top, bottom) and columns (left, right) of zeros; None = as many as keep the size at stride 1.
+      dtype: of the operands.
+      out_dtype: of the result; None = dtype. float32 with bfloat16 operands keeps the accumulator.
     """
 
     features: int
@@ -175,14 +215,16 @@ class Conv(nn.Module):
     padding: Padding | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, activate: Affine | None = None, plus: Array | None = None) -> Array:
-        """[B H W C] -> [B H' W' features] in `dtype`, of silu(activate(x)) where given; `plus` is added to it."""
+        """[B H W C] -> [B H' W' features] in `out_dtype`, of silu(activate(x)) where given; `plus` is added to it."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         around = (self.size // 2, self.size // 2)
         step = Step(self.stride, self.padding if self.padding is not None else (around, around))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return convolve(step, x, kernel, bias, activate, None if plus is None else plus.astype(self.dtype))
+        out_dtype = self.out_dtype or self.dtype
+        x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(out_dtype)
+        return convolve(step, x, kernel, bias, activate, None if plus is None else plus.astype(out_dtype))

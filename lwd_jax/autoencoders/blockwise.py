@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lwd_jax.nn.layers import precision_of
 from lwd_jax.shapes import Array, shaped
 
 BLOCK = 2048  # positions per block: 16 MiB of float32 scores a picture
@@ -41,8 +42,8 @@ def _join(x: Array, positions: int) -> Array:
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
-    """Products in the arrays' own dtype, sums in float32."""
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    """Products in the arrays' own dtype (float32 in full precision), sums in float32."""
+    return jnp.einsum(spec, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, k: Array, real: Array) -> Array:

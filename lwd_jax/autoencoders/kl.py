@@ -2,7 +2,8 @@
 
 The one that SD3, FLUX and SDXL use, with 4 or 16 latent channels; diffusers calls it AutoencoderKL. Pictures and
 latents are [B H W C]; the latent's side is the picture's divided by 8. Convolutions and matrix products run in `dtype`;
-norm statistics, the softmax and the posterior are float32.
+norm statistics, the softmax, the posterior and the decoded picture are float32: the last convolutions keep the
+accumulators of their products.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from flax import linen as nn
 from lwd_jax.autoencoders.bands import Affine, Conv, row_moments
 from lwd_jax.autoencoders.blockwise import blockwise_attention
 from lwd_jax.errors import UserError, did_you_mean
+from lwd_jax.nn.layers import precision_of
 from lwd_jax.shapes import Array, shaped
 from lwd_jax.weights.layout import CONV, LINEAR
 from lwd_jax.weights.model import Model
@@ -95,8 +97,7 @@ class GroupNorm(nn.Module):
         batch, _, _, channels = x.shape
         gain = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
-        row_mean, row_square = jnp.moveaxis(row_moments(x), -1, 0)
-        row_variance = jnp.maximum(row_square - jnp.square(row_mean), 0.0)
+        row_mean, row_variance = jnp.moveaxis(row_moments(x), -1, 0)
 
         def per_group(moments):  # [B H C] -> [B 1 C], the mean over rows and the group's channels
             groups = moments.mean(1).reshape(batch, self.groups, -1).mean(-1, keepdims=True)
@@ -139,7 +140,10 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
 
         def dense(name):
-            return nn.Dense(channels, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+            precision = precision_of(self.dtype)
+            return nn.Dense(
+                channels, dtype=self.dtype, param_dtype=self.param_dtype, precision=precision, name=name
+            )
 
         norm = GroupNorm(self.groups, self.param_dtype, name="norm")(x)
         h = norm(x).astype(self.dtype).reshape(batch, height * width, channels)
@@ -177,7 +181,7 @@ class _Half(nn.Module):
 
     def head(self, h: Array, features: int) -> Array:
         norm = GroupNorm(self.config.norm_num_groups, self.param_dtype, name="norm_out")(h)
-        return self.conv(features, "conv_out")(h, activate=norm).astype(jnp.float32)
+        return self.conv(features, "conv_out", out_dtype=jnp.float32)(h, activate=norm)
 
 
 class Encoder(_Half):
@@ -239,7 +243,8 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(self.config, remat=self.remat, **kinds)
         self.decoder = Decoder(self.config, remat=self.remat, **kinds)
         if self.config.use_quant_conv:
-            self.quant_conv = Conv(2 * self.config.latent_channels, size=1, **kinds)
+            # The posterior is float32: so are the products of its last step, which are few.
+            self.quant_conv = Conv(2 * self.config.latent_channels, size=1, param_dtype=self.param_dtype)
         if self.config.use_post_quant_conv:
             self.post_quant_conv = Conv(self.config.latent_channels, size=1, **kinds)
 
@@ -258,7 +263,7 @@ class AutoencoderKL(nn.Module):
         moments = self.encoder(x)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
     @shaped("z: B h w C")

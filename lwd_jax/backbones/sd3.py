@@ -135,8 +135,11 @@ class Block(nn.Module):
         else:
             text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = theirs.modulation(emb)
 
-        pairs = zip(ours.qkv(modulate(picture, shift, scale)), theirs.qkv(modulate(text, text_shift, text_scale)))
-        attended = attention(*(jnp.concatenate(pair, axis=1) for pair in pairs))
+        q, k, v = ours.qkv(modulate(picture, shift, scale))
+        text_q, text_k, text_v = theirs.qkv(modulate(text, text_shift, text_scale))
+        if not self.last:  # there nothing comes of what the text attends to: its queries are in checkpoints only
+            q = jnp.concatenate([q, text_q], axis=1)
+        attended = attention(q, jnp.concatenate([k, text_k], axis=1), jnp.concatenate([v, text_v], axis=1))
         before, picture = picture, gated(picture, gate, ours.result(attended[:, :length]))
         if self.dual:
             dual_shift, dual_scale, dual_gate = second

@@ -13,12 +13,18 @@ ZEROS = nn.initializers.zeros
 NORMAL = nn.initializers.normal(0.02)
 
 
+def precision_of(dtype) -> lax.Precision | None:
+    """Of products whose operands are of this dtype. By default float32 operands would be rounded: to TF32 on a GPU, to
+    bfloat16 on a TPU. What is float32 here is meant to be; bfloat16 operands need no more than the default."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
 class Dense(nn.Module):
     """y = x kernel + bias over the last axis; kernel [in, out].
 
     Attributes:
       features: size of the output axis.
-      dtype: of the operands of the product.
+      dtype: of the operands of the product; float32 is computed in full precision, see `precision_of`.
       out_dtype: of the result and of the bias; None = dtype. float32 with bfloat16 operands keeps the accumulator.
     """
 
@@ -35,7 +41,11 @@ class Dense(nn.Module):
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         out_dtype = self.out_dtype or self.dtype
         y = lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), contract, preferred_element_type=out_dtype
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            contract,
+            precision=precision_of(self.dtype),
+            preferred_element_type=out_dtype,
         )
         return y + bias.astype(out_dtype)
 

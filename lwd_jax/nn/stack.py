@@ -8,8 +8,8 @@ from lwd_jax.nn.attention import SAVED
 
 
 def _is_fused_attention(primitive, *_, **__) -> bool:
-    # cuDNN's forward returns the output and the log-sum-exp that its backward needs. Saving only the named output would
-    # run the whole forward again for the other.
+    # cuDNN's forward returns the output and the log-sum-exp that its backward needs: both are saved as they leave it. A
+    # name on the output alone would have the whole forward run again for the other.
     return primitive.name.startswith("dot_product_attention_fwd")
 
 

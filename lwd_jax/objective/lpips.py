@@ -34,7 +34,11 @@ SMALLEST_SQUARE = 1e-20
 
 
 def _convolve(x: Array, kernel: Array, bias: Array) -> Array:
-    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    # In full precision: a float32 product is otherwise rounded to TF32 on a GPU and to bfloat16 on a TPU.
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers, precision=jax.lax.Precision.HIGHEST
+    )
     return jax.nn.relu(x + bias)
 
 
@@ -76,7 +80,8 @@ def distance(params: dict[str, Array], x: Array, y: Array) -> Array:
     total = jnp.zeros(x.shape[0], jnp.float32)
     for stage, taps in enumerate(zip(features(params, x), features(params, y))):
         difference = _unit(taps[0]) - _unit(taps[1])
-        total += jnp.mean(difference**2 @ params[f"head{stage}"], axis=(1, 2))
+        by_place = jnp.matmul(difference**2, params[f"head{stage}"], precision=jax.lax.Precision.HIGHEST)
+        total += jnp.mean(by_place, axis=(1, 2))
     return total
 
 

@@ -57,7 +57,7 @@ def _metrics(squares: Array, clean_saliency: Array, mask: Array, t: Array, bins:
         "supervised_fraction": jnp.mean(mask),
         "loss_detail": detail,
         "loss_smooth": smooth,
-        "loss_by_time": jnp.mean(squares, axis=(1, 2, 3)) @ member,
+        "loss_by_time": jnp.matmul(jnp.mean(squares, axis=(1, 2, 3)), member, precision=jax.lax.Precision.HIGHEST),
         "count_by_time": jnp.sum(member, axis=0),
     }
 

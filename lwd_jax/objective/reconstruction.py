@@ -10,7 +10,6 @@ from lwd_jax.errors import UserError, choose
 from lwd_jax.shapes import Array, shaped
 
 DISTANCES = {"l2": jnp.square, "l1": jnp.abs}
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # the bounds of the latent-diffusion autoencoders
 
 
 @shaped("x: B H W C -> B _ _ C")
@@ -40,7 +39,7 @@ def _latent(posterior, key: Array, sample: bool) -> tuple[Array, Array]:
     mean = posterior.mean.astype(jnp.float32)
     if posterior.logvar is None:
         return mean, jnp.zeros(mean.shape[0])
-    logvar = jnp.clip(posterior.logvar.astype(jnp.float32), *LOG_VARIANCE_RANGE)
+    logvar = posterior.logvar.astype(jnp.float32)
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape) if sample else mean
     return z, gaussian_kl(mean, logvar)
 
@@ -84,7 +83,8 @@ def reconstruction_loss(
     pooled latent against the pooled picture.
 
     Args:
-      encode: picture [B H W 3] -> Posterior(mean, logvar or None), unscaled.
+      encode: picture [B H W 3] -> Posterior(mean, logvar or None), unscaled; it bounds logvar so that exp(logvar) is
+        finite.
       decode: unscaled latent [B h w C] -> picture [B H W 3], unclipped.
       x: pictures in [-1, 1].
       key: random key of the posterior's sample and of the scale s.

@@ -37,27 +37,45 @@ def test_bands_equal_the_whole(stride, padding, size, height):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_row_moments(dtype):
-    x = jax.random.normal(jax.random.key(0), (2, 11, 14, 3), dtype) + 1
+@pytest.mark.parametrize("dtype, offset", [(jnp.float32, 1), (jnp.float32, 3000), (jnp.bfloat16, 1)])
+def test_row_moments(dtype, offset):
+    """Mean and variance, the latter also of values far from zero for their spread."""
+    x = jax.random.normal(jax.random.key(0), (2, 11, 14, 3), dtype) + offset
     wide = np.asarray(x, np.float64)
-    wanted = np.stack([wide.mean(2), (wide**2).mean(2)], -1)
+    wanted = np.stack([wide.mean(2), wide.var(2)], -1)
     for limits in (Limits(), Limits(0, 1), Limits(0, 2 * 14 * 3 * 4)):
         ours, back = jax.vjp(jax.jit(functools.partial(row_moments, limits=limits)), x)
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
         gradient = np.asarray(back(jnp.ones_like(ours))[0], np.float64)
-        np.testing.assert_allclose(gradient, (1 + 2 * wide) / 14, rtol=2e-2, atol=1e-3)
+        centred = wide - wide.mean(2, keepdims=True)
+        np.testing.assert_allclose(gradient, (1 + 2 * centred) / 14, rtol=2e-2, atol=1e-3)
 
 
-def test_bands_in_bfloat16():
+def with_gradients(limits, x, kernel, bias):
+    """A convolution and the gradients of its mean square."""
+
+    def loss(*operands):
+        y = convolve(Step(1, SAME), *operands, limits=limits)
+        return jnp.mean(jnp.square(y.astype(jnp.float32))), y
+
+    gradients, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(x, kernel, bias)
+    return [y, *gradients]
+
+
+@pytest.mark.parametrize("result", [jnp.bfloat16, jnp.float32])
+def test_bands_in_bfloat16(result):
+    """With a result of their own dtype, and with one that keeps the float32 sums; all near float32 operands."""
     x = jax.random.normal(jax.random.key(0), (1, 20, 14, 3), jnp.bfloat16)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5), jnp.bfloat16)
-    ours, wanted = (
-        jax.jit(functools.partial(convolve, Step(1, SAME), limits=limits))(x, kernel, jnp.ones(5, jnp.bfloat16))
-        for limits in (Limits(0, 14 * 5 * 3), Limits())
-    )
-    assert ours.dtype == jnp.bfloat16
-    np.testing.assert_allclose(ours.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2e-2, atol=2e-2)
+    bias = jnp.ones(5, result)
+    exact = with_gradients(Limits(), *(a.astype(jnp.float32) for a in (x, kernel, bias)))
+    for limits in (Limits(0, 14 * 5 * 3), Limits()):
+        road = with_gradients(limits, x, kernel, bias)
+        assert [a.dtype for a in road] == [result, jnp.bfloat16, jnp.bfloat16, result]
+        for ours, wanted in zip(road, exact):
+            assert np.linalg.norm(ours.astype(jnp.float32) - wanted) < 2e-2 * np.linalg.norm(wanted)
+        if result == jnp.float32:
+            np.testing.assert_allclose(road[0], exact[0], rtol=1e-5, atol=1e-5)
 
 
 def test_bands_need_little_memory_on_a_cpu():
@@ -70,8 +88,8 @@ def test_bands_need_little_memory_on_a_cpu():
         def step(x, kernel, bias):
             limits = Limits(whole, 1 << 20)
             y = convolve(Step(1, SAME), jnp.tanh(x), kernel, bias, limits=limits)
-            mean, square = jnp.moveaxis(row_moments(y, limits).mean(1, keepdims=True), -1, 0)
-            return jnp.tanh((y.astype(jnp.float32) - mean) * square).astype(jnp.bfloat16)
+            mean, variance = jnp.moveaxis(row_moments(y, limits).mean(1, keepdims=True), -1, 0)
+            return jnp.tanh((y.astype(jnp.float32) - mean) * variance).astype(jnp.bfloat16)
 
         return jax.jit(step).lower(x, kernel, bias).compile().memory_analysis().temp_size_in_bytes
 

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import rounded, shapes, traced
+from kl_twin import assert_gradients_equal, nchw, nhwc, random_params, relative, torch_twin
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.errors import UserError
 from lwd_jax.weights.model import abstract_params
-from lwd_jax.weights.table import cover, flat, read
+from lwd_jax.weights.table import cover, flat
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 FOUR = kl.Config(4, (8, 16, 16), 1, 4, use_quant_conv=True, use_post_quant_conv=True)
 SIXTEEN = kl.Config(16, (8, 16), 2, 8)
+FAST = {"xla_backend_optimization_level": 0}  # halves the compile time; the numbers are the same to rounding
 SMALL = {"4 channels, quant convs": FOUR, "16 channels": SIXTEEN}
 
 
@@ -25,48 +28,13 @@ def size_of(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def random_params(config: kl.Config, seed: int = 0):
-    """Like init, without compiling it."""
-    rng = np.random.default_rng(seed)
-
-    def fill(leaf):
-        fan_in = math.prod(leaf.shape[:-1])
-        return jnp.asarray(rng.standard_normal(leaf.shape) / math.sqrt(fan_in) + (leaf.ndim == 1), jnp.float32)
-
-    return jax.tree.map(fill, abstract_params(kl.AUTOENCODER, config))
-
-
-def relative(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
-
 def run(config: kl.Config, params, x, method: str, **kinds):
-    """A jitted method of the module, in the highest precision."""
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda p, x: kl.AutoencoderKL(config, **kinds).apply({"params": p}, x, method=method))(params, x)
+    """A jitted method of the module."""
 
+    def method_of(p, x):
+        return kl.AutoencoderKL(config, **kinds).apply({"params": p}, x, method=method)
 
-def torch_twin(config: kl.Config, seed: int = 0):
-    """A random diffusers model, norms and biases moved from their plain starting values, and our parameters of it."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(seed)
-    twin = diffusers.AutoencoderKL(**kl.to_foreign(config)).eval()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    tensors = {name: tensor.detach().numpy() for name, tensor in twin.state_dict().items()}
-    return torch, twin, read(kl.rows(config), tensors, abstract_params(kl.AUTOENCODER, config))
-
-
-def nchw(torch, array):
-    return torch.tensor(np.moveaxis(np.asarray(array), -1, 1).copy())
-
-
-def nhwc(tensor):
-    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+    return jax.jit(method_of, compiler_options=FAST)(params, x)
 
 
 @pytest.mark.parametrize("config, latent", [(FOUR, (1, 3)), (FOUR, (5, 4)), (SIXTEEN, (7, 5))])
@@ -100,22 +68,15 @@ def test_gradients_equal_diffusers(config):
         picture = module.apply({"params": params}, posterior.mean, method="decode")
         return jnp.mean((picture - x) ** 2) + 0.1 * jnp.mean(jnp.exp(posterior.logvar) + posterior.mean**2)
 
-    with jax.default_matmul_precision("highest"):
-        value, (of_params, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    value, (of_params, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=FAST)(params, x)
     their_x = nchw(torch, x).requires_grad_()
     dist = twin.encode(their_x).latent_dist
     theirs = ((twin.decode(dist.mean).sample - their_x) ** 2).mean()
     theirs = theirs + 0.1 * (dist.logvar.exp() + dist.mean**2).mean()
     theirs.backward()
-    gradients = {name: parameter.grad.numpy() for name, parameter in twin.named_parameters()}
-    their_params = flat(read(kl.rows(config), gradients, abstract_params(kl.AUTOENCODER, config)))
     assert abs(value - theirs.item()) < 1e-5 * theirs.item()
     assert relative(of_x, nhwc(their_x.grad)) < 1e-4
-    whole = math.sqrt(sum(float(jnp.sum(g**2)) for g in their_params.values()))
-    for path, gradient in flat(of_params).items():
-        # A bias before a norm, or of the keys, has gradient zero but for rounding: the whole gradient is the measure.
-        error = np.linalg.norm(np.asarray(gradient - their_params[path]))
-        assert error < 1e-4 * max(np.linalg.norm(their_params[path]), 1e-3 * whole), path
+    assert_gradients_equal(config, of_params, twin)
 
 
 def test_parameter_counts():
@@ -189,20 +150,61 @@ def test_size_that_does_not_divide():
 
 
 def test_bfloat16_keeps_its_islands():
-    """bfloat16 compute stays near float32; posterior and picture are float32, parameters untouched."""
+    """bfloat16 compute stays near float32; posterior and picture are float32, and not bfloat16 numbers in float32."""
     params = random_params(SIXTEEN)
     x = jax.random.uniform(jax.random.key(1), (1, 40, 24, 3), minval=-1.0)
     exact = run(SIXTEEN, params, x, "encode")
     near = run(SIXTEEN, params, x, "encode", dtype=jnp.bfloat16)
     picture = run(SIXTEEN, params, near.mean, "decode", dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in (*near, picture)} == {jnp.dtype(jnp.float32)}
+    for result in (*near, picture):
+        assert result.dtype == jnp.float32
+        assert np.mean(result == result.astype(jnp.bfloat16)) < 0.05
     assert 1e-4 < relative(near.mean, exact.mean) < 5e-2
 
 
+def test_quant_conv_does_not_round_the_posterior():
+    module = kl.AutoencoderKL(FOUR, dtype=jnp.bfloat16)
+    params, x = abstract_params(kl.AUTOENCODER, FOUR), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    found = traced(lambda p, x: module.apply({"params": p}, x, method="encode"), params, x)
+    *_, before, last = [e for e in found if e.primitive.name == "conv_general_dilated"]
+    assert {v.aval.dtype for v in before.outvars + last.invars + last.outvars} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_products_are_in_full_precision(dtype):
+    """By the traced program, forward and backward: on a GPU or a TPU the default would round float32 operands."""
+    module = kl.AutoencoderKL(FOUR, dtype=dtype)
+
+    def loss(params, x):
+        posterior = module.apply({"params": params}, x, method="encode")
+        picture = module.apply({"params": params}, posterior.mean, method="decode")
+        return jnp.sum(picture**2) + jnp.sum(posterior.logvar)
+
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    assert not rounded(traced(jax.grad(loss), abstract_params(kl.AUTOENCODER, FOUR), x))
+
+
+def test_no_position_by_position_matrix():
+    """Neither direction ever has an array with two axes of all N positions, gradients included: 256 GiB at 4096 px."""
+    n = 64 * 96  # positions; three blocks
+    params, x = abstract_params(kl.AUTOENCODER, FOUR), jax.ShapeDtypeStruct((1, 4 * 64, 4 * 96, 3), jnp.float32)
+    module = kl.AutoencoderKL(FOUR)
+
+    def squares(found):
+        return [shape for shape in shapes(found) if sum(size >= n for size in shape) > 1]
+
+    found = traced(jax.grad(lambda p, x: jnp.sum(module.apply({"params": p}, x))), params, x)
+    assert (1, n, 16) in shapes(found)  # the attention is there, at this size
+    assert not squares(found)
+    q = jax.ShapeDtypeStruct((1, n, 16), jnp.float32)
+    dense = traced(lambda q: jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, q)), q)
+    assert squares(dense)
+
+
 def test_group_norm_in_closed_form():
-    """Against float64 on activations far from zero, where E[x^2] - E[x]^2 in float32 would fail; 0 on a constant."""
+    """Against float64 on activations far from zero for their spread, where E[x^2] - E[x]^2 fails; 0 on a constant."""
     rng = np.random.default_rng(0)
-    x = (rng.standard_normal((2, 33, 47, 12)) + 300 + 20 * rng.standard_normal(12)).astype(np.float32)
+    x = (rng.standard_normal((2, 33, 47, 12)) + 3000).astype(np.float32)
     norm = kl.GroupNorm(4)
     params = norm.init(jax.random.key(0), x)
 
@@ -211,7 +213,7 @@ def test_group_norm_in_closed_form():
 
     groups = x.astype(np.float64).reshape(2, 33 * 47, 4, 3)
     wanted = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
-    assert relative(normed(x), wanted.reshape(x.shape)) < 1e-4
+    assert relative(normed(x), wanted.reshape(x.shape)) < 1e-3  # x factor + offset rounds at 3000 spreads
     assert np.abs(normed(jnp.full((1, 8, 8, 12), 7.3))).max() < 1e-2
 
 
