@@ -4,6 +4,8 @@
 
 import argparse
 import importlib
+import importlib.metadata
+import json
 import logging
 import sys
 
@@ -39,16 +41,29 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
-    return f"usage: lwd COMMAND ...\n\n{rows}\n\n`lwd COMMAND --help` shows a command's arguments and an example."
+    about = "`lwd COMMAND --help` shows a command's arguments and an example; `lwd --version` the version."
+    return f"usage: lwd COMMAND ...\n\n{rows}\n\n{about}"
+
+
+def _sentence(error: OSError) -> str:
+    """What an error of the file system says, with the file."""
+    reason = error.strerror or str(error) or type(error).__name__
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{files}: {reason}." if files else f"{reason}."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; the exit status: 0 done, 2 the user's mistake, 130 interrupted."""
+    """Runs one command; the exit status: 0 done, 2 the user's mistake or a file that cannot be read or written, 130
+    interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every workdir that is only read
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"lwd_jax {importlib.metadata.version('lwd_jax')}")
+        return 0
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"There is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
@@ -61,6 +76,12 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args) or 0
     except UserError as mistake:
         print(f"lwd: {mistake}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"lwd: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except json.JSONDecodeError as error:  # of a file cut off; those who read files that people write name them
+        print(f"lwd: A file of what was given is not sound JSON (is it cut off?): {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lwd: interrupted.", file=sys.stderr)

@@ -3,7 +3,10 @@
 import ast
 import importlib.util
 import json
+import traceback
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from lwd_jax.config import Config, load_config
 from lwd_jax.errors import UserError
@@ -12,8 +15,48 @@ from lwd_jax.errors import UserError
 def _value(text: str):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _from_json(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"The config file '{file}' is not sound JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The config file '{file}' must hold a JSON object, but holds a {type(values).__name__}.")
+    return values
+
+
+def _broken(file: Path, error: Exception) -> UserError:
+    """What went wrong in a config file, and on which of its lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    message = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+    where = f" on line {line}" if line else ""
+    return UserError(f"The config file '{file}' cannot be run: {type(error).__name__}{where}: {message}.")
+
+
+def _from_python(file: Path) -> dict:
+    spec = importlib.util.spec_from_file_location("lwd_run_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"The config file '{file}' has no get_config().")
+        values = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's own code: whatever it raises is theirs to mend
+        raise _broken(file, error) from error
+    if not isinstance(values, ConfigDict):
+        kind = type(values).__name__
+        raise UserError(f"get_config() of '{file}' must return an ml_collections.ConfigDict, but returned a {kind}.")
+    return values.to_dict()
+
+
+_READERS = {".json": _from_json, ".py": _from_python}
 
 
 def read_config(path: str, overrides: list[str]) -> Config:
@@ -24,20 +67,15 @@ def read_config(path: str, overrides: list[str]) -> Config:
       overrides: `--config.a.b=value` strings; values are Python literals or plain words.
 
     Raises:
-      UserError: a missing file, a file without get_config, a malformed or unknown override.
+      UserError: a missing or broken file, another kind of file, one without get_config, a malformed or unknown
+        override.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"There is no config file '{path}'.")
-    if file.suffix == ".json":
-        values = json.loads(file.read_text())
-    else:
-        spec = importlib.util.spec_from_file_location("lwd_run_config", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"The config file '{path}' has no get_config().")
-        values = module.get_config().to_dict()
+    if file.suffix not in _READERS:
+        raise UserError(f"A config is a .py file with get_config(), or a .json file, but '{path}' is neither.")
+    values = _READERS[file.suffix](file)
     for override in overrides:
         dotted, equals, text = override.removeprefix("--config.").partition("=")
         if not equals:

@@ -8,6 +8,7 @@ of the dataset, and only what is missing is computed.
 import argparse
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.data import buckets
 from lwd_jax.data.dataset import open_dataset
@@ -22,7 +24,6 @@ from lwd_jax.data.latents import Encoder, Plan, encode_dataset
 from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import TEXT_ENCODERS, open_text_encoder
 from lwd_jax.errors import UserError
-from lwd_jax.report.pipeline import open_models
 from lwd_jax.weights.folder import fingerprint
 
 EXAMPLE = (
@@ -34,6 +35,9 @@ def arguments(parser) -> None:
     parser.add_argument("--dataset", required=True, help="folder made by lwd prepare")
     parser.add_argument(
         "--models", required=True, help="diffusers folder, or workdir of a stage-1 run: the autoencoder"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="of a stage-1 run, the last weights: for runs with models.ema=False"
     )
     parser.add_argument("--out", required=True, help="folder of latents to write or to bring up to date")
     parser.add_argument("--resolution", type=int, default=1024, help="px; as in the config of stage 2")
@@ -96,10 +100,20 @@ def make_encoder(module, params, batch_size: int) -> Encoder:
     return Encoder(fingerprint(params), config, encode)
 
 
+def _autoencoder_words(args) -> list[str]:
+    """How a config names the weights that made the latents."""
+    return [f"--config.models.autoencoder={args.models}", *(["--config.models.ema=False"] if args.plain else [])]
+
+
 def run(args) -> None:
     buckets.check_resolution(args.resolution, args.buckets)
     dataset = open_dataset(args.dataset)
-    models = open_models(args.models)
+    models = open_given(args.models, plain=args.plain)
+    if args.plain and models.config.stage == 2:
+        raise UserError(
+            f"--plain takes the last weights of a stage-1 run, but '{args.models}' is of stage 2, whose config says "
+            f"which weights its autoencoder has (models.ema {models.config.models.ema})."
+        )
     text_folder = Path(args.text_models) if args.text_models else models.text_folder()
     if not args.text and not text_folder:
         raise UserError(
@@ -125,6 +139,6 @@ def run(args) -> None:
     print(f"Pictures: {outcome.pictures_made} encoded, {outcome.pictures_kept} kept from before.")
     print(f"Captions: {outcome.texts_made} encoded, {outcome.texts_kept} kept from before.")
     print(
-        f"Latents of the autoencoder {encoder.fingerprint[:16]} are in {args.out}. Next: "
-        f"lwd train --config=FILE --workdir=D --config.data.latents={args.out}"
+        f"Latents of the autoencoder {encoder.fingerprint[:16]} are in {args.out}. Next: lwd train --config=FILE "
+        f"--workdir=D {shlex.join([f'--config.data.latents={args.out}', *_autoencoder_words(args)])}"
     )

@@ -1,5 +1,7 @@
 """Writes the models of a run as a diffusers folder with a model card, for PyTorch and for `lwd sample`."""
 
+import shlex
+
 from lwd_jax.report.export import DTYPES, export
 
 EXAMPLE = "lwd export --workdir runs/stage2 --out sd3-lwd-2k"
@@ -26,6 +28,7 @@ def run(args):
         overwrite=args.overwrite,
     )
     has_backbone = (out / "transformer").is_dir()
-    sampling, encoding = f'lwd sample --models {out} --prompt "..." --out samples', f"lwd encode --models {out} ..."
-    then = sampling if has_backbone else encoding
+    models = shlex.quote(str(out))
+    sampling = f'lwd sample --models {models} --prompt "..." --out samples'
+    then = sampling if has_backbone else f"lwd encode --models {models} ..."
     print(f"Exported to {out}: its README.md shows how to use it in PyTorch. Next: {then}")

@@ -3,6 +3,8 @@
 The workdir holds one model: the backbone, or (stage 1) the autoencoder.
 """
 
+import shlex
+
 from lwd_jax.report.export import import_models
 
 EXAMPLE = "lwd import --models stable-diffusion-3-medium --workdir runs/sd3"
@@ -20,4 +22,5 @@ def run(args):
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")
     name = f"{field} ({variant})" if variant else field
-    print(f"Imported the {name} to {args.workdir}. Next: lwd train --config.models.{field}={args.workdir} ...")
+    given = shlex.quote(f"--config.models.{field}={args.workdir}")
+    print(f"Imported the {name} to {args.workdir}. Next: lwd train {given} ...")

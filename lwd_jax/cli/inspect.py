@@ -20,6 +20,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from lwd_jax.autoencoders.kl import scale
+from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.config import Matching
 from lwd_jax.data.pictures import Rejected, decode, standardise
@@ -29,7 +30,7 @@ from lwd_jax.objective.masks import MASKS, supervision_mask
 from lwd_jax.objective.paths import noised
 from lwd_jax.objective.saliency import wavelet_saliency
 from lwd_jax.report import figures
-from lwd_jax.report.pipeline import open_models
+from lwd_jax.report.photographs import unique
 from lwd_jax.report.staging import check_free, staged
 from lwd_jax.report.style import HEAT
 
@@ -46,7 +47,7 @@ def arguments(parser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("--out", required=True, help="folder to write: new, or empty")
     parser.add_argument("--models", help="diffusers folder or workdir: the autoencoder; default: the colours")
-    parser.add_argument("--autoencoder", default="", help="of a workdir: folder or workdir with another autoencoder")
+    parser.add_argument("--autoencoder", default="", help="folder or workdir to take the autoencoder from instead")
     parser.add_argument("--wavelet", default=Matching.wavelet, help="a PyWavelets name (default %(default)s)")
     parser.add_argument("--levels", type=int, default=Matching.levels, help="wavelet levels (default %(default)s)")
     parser.add_argument("--floor", type=float, default=Matching.floor, help="of the mask (default %(default)s)")
@@ -86,6 +87,8 @@ def _check(args) -> None:
             raise UserError(f"--times are noise levels in [0, 1], but one is {t:g}.")
     if args.long_side is not None and args.long_side < SMALLEST:
         raise UserError(f"--long-side must be at least {SMALLEST} px, but it is {args.long_side}.")
+    if args.autoencoder and not args.models:
+        raise UserError("--autoencoder replaces the one of --models; name the folder with --models instead.")
     if args.source == "noisy" and not args.models:
         raise UserError("--source noisy needs --models: block means of colours do not have the scale of a latent.")
     if args.mask == "soft" and not args.softness > 0:
@@ -98,12 +101,14 @@ def read_picture(path: str, long_side: int | None) -> np.ndarray:
     """[H W 3] uint8 sRGB, upright, cropped at its centre to multiples of DIVISOR px; never enlarged.
 
     Raises:
-      UserError: not a picture, a picture bomb, or too small.
+      UserError: a file that cannot be read, not a picture, a picture bomb, or too small.
     """
     try:
         standard = standardise(Path(path).read_bytes())
     except Rejected as reason:
         raise UserError(f"'{path}' is not used: {reason}.") from reason
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}.") from error
     size = np.array([standard.height, standard.width])
     if long_side:
         size = np.round(size * min(1, long_side / size.max())).astype(int)
@@ -141,7 +146,7 @@ def open_space(models: str | None, autoencoder: str, dtype: str) -> Space:
         block = STAND_IN_FACTOR
         name = f"the picture's own colours, averaged over blocks of {block} x {block} px, in place of a latent"
         return Space(name, block, lambda picture: block_mean(_unit(picture), block), {"kind": "colours"})
-    opened = open_models(models, autoencoder=autoencoder)
+    opened = open_given(models, autoencoder=autoencoder)
     module, params = opened.autoencoder(dtype=jnp.dtype(dtype))
 
     @jax.jit
@@ -228,9 +233,8 @@ def draw(folder: Path, name: str, picture: np.ndarray, z: np.ndarray, seen: Seen
 def _names(images: list[str]) -> list[str]:
     """The stems of the files, with a number where one comes again."""
     names = []
-    for stem in (Path(image).stem for image in images):
-        count = sum(1 for name in names if name == stem or name.startswith(f"{stem}~"))
-        names.append(f"{stem}~{count + 1}" if count else stem)
+    for image in images:
+        names.append(unique(Path(image).stem, names))
     return names
 
 

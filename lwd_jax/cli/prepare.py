@@ -6,6 +6,7 @@ EXIF orientation, colour profiles, transparency and 16-bit grey are brought to u
 already keeps its bytes. Pictures that cannot be read, bombs and duplicates are left out and listed.
 """
 
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from rich.table import Table
 from lwd_jax.cli.progress import progress
 from lwd_jax.data import buckets
 from lwd_jax.data.captions import SOURCES, find_captions
-from lwd_jax.data.dataset import REPORT, Summary, find_pictures, write_dataset
+from lwd_jax.data.dataset import INDEX, REPORT, Summary, find_pictures, write_dataset
 from lwd_jax.errors import UserError
+from lwd_jax.report.staging import check_free
 
 EXAMPLE = "lwd prepare --images photographs --out data/photographs --resolution 1024"
 SHOWN = 20  # rejects that are printed; all are in the report file
@@ -24,12 +26,13 @@ SHOWN = 20  # rejects that are printed; all are in the report file
 
 def arguments(parser) -> None:
     parser.add_argument("--images", required=True, help="folder of pictures and captions")
-    parser.add_argument("--out", required=True, help="dataset folder to write")
+    parser.add_argument("--out", required=True, help="dataset folder to write: new, or empty")
     parser.add_argument("--resolution", type=int, default=1024, help="px, for the printed table of aspect buckets")
     parser.add_argument("--captions-from", choices=SOURCES, default="auto", help="where captions are looked for")
     parser.add_argument(
         "--no-captions", action="store_true", help="go on if no picture has a caption (stage 1 needs none)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier dataset in --out")
 
 
 def _bucket_table(summary: Summary, resolution: int) -> Table:
@@ -60,6 +63,7 @@ def _reject_table(rejects: list[tuple[str, str]]) -> Table:
 
 def run(args) -> None:
     buckets.check_resolution(args.resolution, keep_aspect=True)
+    check_free(args.out, args.overwrite, INDEX)
     paths = find_pictures(args.images)
     captions = find_captions(Path(args.images), paths, args.captions_from)
     if not any(captions) and not args.no_captions:
@@ -84,5 +88,5 @@ def run(args) -> None:
         print(f"{summary.reencoded} pictures were brought to upright 8-bit sRGB and are kept as PNG.")
     print(
         f"{len(summary.heights)} of {len(paths)} pictures are in {args.out}. Next: train stage 1 on them, or "
-        f"lwd encode --dataset {args.out} --models FOLDER --out LATENTS"
+        f"lwd encode --dataset {shlex.quote(args.out)} --models FOLDER --out LATENTS"
     )

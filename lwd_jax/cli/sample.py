@@ -5,13 +5,15 @@ start from the latents of a PyTorch run instead, save them ([N, C, h, w]) and na
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import jax
 
+from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.errors import UserError, choose
-from lwd_jax.report.pipeline import open_models, text_encoder
+from lwd_jax.report.pipeline import text_encoder
 from lwd_jax.report.samples import INDEX, Request, encode_prompts, read_noise, sample_pictures, write_samples
 from lwd_jax.report.staging import check_free, staged
 from lwd_jax.sample.solvers import SOLVERS
@@ -35,7 +37,7 @@ def arguments(parser):
     parser.add_argument("--batch", type=int, default=1, help="pictures sampled at a time (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--plain", action="store_true", help="of a workdir, the last weights, not the averaged ones")
-    parser.add_argument("--autoencoder", default="", help="of a workdir: folder or workdir with another autoencoder")
+    parser.add_argument("--autoencoder", default="", help="folder or workdir to take the autoencoder from instead")
     parser.add_argument("--text-models", default="", help="diffusers folder with text encoders, if --models has none")
     parser.add_argument("--latents", help="initial noise, .npy or .safetensors, [N, C, height/8, width/8]")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier samples in --out")
@@ -81,7 +83,7 @@ def _request(args, models) -> Request:
 
 def run(args):
     check_free(args.out, args.overwrite, INDEX)
-    models = open_models(args.models, ema=not args.plain, autoencoder=args.autoencoder)
+    models = open_given(args.models, plain=args.plain, autoencoder=args.autoencoder)
     request = _request(args, models)
     encoder = text_encoder(models, args.text_models)
     print(f"Text: {encoder.notice}")
@@ -91,4 +93,4 @@ def run(args):
         samples = write_samples(folder, sample_pictures(models, request, cond, null, show), request, models.describe())
     number = f"{len(samples)} picture{'' if len(samples) == 1 else 's'}"
     first = Path(args.out) / samples[0].file
-    print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {first} --out inspection")
+    print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {shlex.quote(str(first))} --out inspection")

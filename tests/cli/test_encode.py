@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import KL, autoencoder
+from tiny_models import KL, autoencoder, write_workdir
 
 from lwd_jax.autoencoders import load_autoencoder, save_autoencoder
 from lwd_jax.cli import main
+from lwd_jax.config import load_config
 from lwd_jax.data.dataset import open_dataset
 from lwd_jax.data.latents import open_latents
 from lwd_jax.data.pictures import decode
+from lwd_jax.train.models import open_autoencoder
 from lwd_jax.weights.folder import fingerprint
 
 
@@ -68,6 +70,26 @@ def test_latents_are_the_autoencoders(root, capsys):
     assert encode(root, "two", "--text", "hashed_words", "--text-width", "24", "--no-buckets") == 0
     assert "3 encoded, 0 kept" in capsys.readouterr().out
     assert (open_latents(root / "latents").sizes == 64).all()
+
+
+def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
+    """Stage 2 with models.ema=False decodes with the last weights: its latents must be theirs."""
+    first = write_workdir(root / "stage1", 1, seed=3)
+    second = write_workdir(root / "stage2", 2, seed=4, models={"autoencoder": str(first)})
+    text = ("--text", "hashed_words", "--text-width", "24", "--no-buckets", "--out")
+    assert encode(root, "stage1", *text, str(root / "plain latents"), "--plain") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "--config.models.ema=False" in last and f"'--config.data.latents={root}/plain latents'" in last
+    made_by = open_latents(root / "plain latents").metadata["autoencoder_fingerprint"]
+    models = {"autoencoder": str(first), "autoencoder_variant": ""}
+    averaged, plain = (
+        fingerprint(open_autoencoder(load_config({"stage": 2, "models": models | {"ema": ema}})).params())
+        for ema in (True, False)
+    )
+    assert made_by == plain != averaged
+    for models, words in (("one", "one set of weights"), (second.name, "is of stage 2")):
+        assert encode(root, models, *text, str(root / "refused"), "--plain") == 2
+        assert words in capsys.readouterr().err and not (root / "refused").exists()
 
 
 @pytest.mark.parametrize(

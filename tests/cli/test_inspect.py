@@ -11,9 +11,12 @@ from tiny_models import KL, write_pipeline
 
 from lwd_jax.autoencoders import load_autoencoder
 from lwd_jax.cli import main
+from lwd_jax.cli.inspect import open_space
+from lwd_jax.cli.models_flag import open_given
 from lwd_jax.evaluate.spectrum import block_mean
 from lwd_jax.objective.masks import supervision_mask
 from lwd_jax.objective.saliency import wavelet_saliency
+from lwd_jax.weights.folder import fingerprint
 
 
 def inspect(*arguments):
@@ -68,6 +71,26 @@ def test_models_are_looked_at_in_their_own_latent_space(photograph, tmp_path):
     assert entry["supervised"]["0.5"] == pytest.approx(float(mask.mean()), abs=5e-3)
 
 
+def test_another_autoencoder_than_that_of_the_models_is_taken(tmp_path):
+    first, second = (str(write_pipeline(tmp_path / str(seed), seed)) for seed in (0, 5))
+    made_by = {
+        name: fingerprint(open_given(*models).autoencoder()[1])
+        for name, models in {"first": (first,), "second": (second,)}.items()
+    }
+    replaced = fingerprint(open_given(first, autoencoder=second).autoencoder()[1])
+    assert replaced == made_by["second"] != made_by["first"]
+    assert open_space(first, second, "float32").description["models"] == {"path": first, "autoencoder": second}
+
+
+def test_files_of_one_name_do_not_meet(photograph, tmp_path):
+    path = photograph[0]
+    numbered = path.with_name("face~2.png")
+    numbered.write_bytes(path.read_bytes())
+    assert inspect(numbered, path, path, "--out", tmp_path / "out", "--times", 0.5) == 0
+    names = [entry["name"] for entry in result_of(tmp_path / "out")["pictures"]]
+    assert names == ["face~2", "face", "face~3"] and len(list((tmp_path / "out").glob("*.png"))) == 10
+
+
 def test_noisy_source_follows_the_noise(photograph, tmp_path):
     models = ("--models", write_pipeline(tmp_path / "sd3"), "--times", 0, 0.9)
     shares = {}
@@ -101,6 +124,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(photograph, tmp_path, capsy
         (picture, "--floor", 0): "--floor must lie in (0, 1), but it is 0",
         (picture, "--times", 0.5, 3): "one is 3",
         (picture, "--source", "noisy"): "needs --models",
+        (picture, "--autoencoder", tmp_path): "name the folder with --models instead",
         (picture, "--models", tmp_path / "nowhere"): "There is no folder",
     }.items():
         assert inspect(*arguments, "--out", out) == 2

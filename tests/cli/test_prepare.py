@@ -54,6 +54,17 @@ def test_enlarged_pictures_are_counted(images, capsys):
     assert sum(int(row[2]) for row in rows) == 3 == sum(int(row[3]) for row in rows)
 
 
+def test_an_earlier_dataset_is_replaced_only_when_asked(images, capsys):
+    assert prepare(images, "--resolution", "128") == 0
+    (images / "c.webp").unlink()
+    assert prepare(images, "--resolution", "128") == 2 and "--overwrite" in capsys.readouterr().err
+    assert len(open_dataset(images.parent / "out")) == 3
+    assert prepare(images, "--resolution", "128", "--overwrite") == 0
+    assert len(open_dataset(images.parent / "out")) == 2
+    assert main(["prepare", "--images", str(images), "--out", str(images), "--overwrite"]) == 2
+    assert "is not overwritten" in capsys.readouterr().err and (images / "a.png").is_file()
+
+
 def fails(capsys, images, *more, words):
     assert prepare(images, *more) == 2
     error = capsys.readouterr().err

@@ -109,8 +109,36 @@ def test_latents_that_do_not_fit_are_named(run, tmp_path, capsys):
     assert status("flat.npy") == 2
     assert "one tensor of latents" in capsys.readouterr().err
     (tmp_path / "pickled.npy").write_bytes(np.array([None], dtype=object).dumps())
-    assert status("pickled.npy") == 2
-    assert "cannot be read" in capsys.readouterr().err
+    np.savez(tmp_path / "several", a=np.zeros(1), b=np.zeros(1))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    for name in ("empty.npy", "empty.safetensors"):
+        (tmp_path / name).touch()
+    for name in ("pickled.npy", "several.npy", "empty.npy", "empty.safetensors"):
+        assert status(name) == 2
+        error = capsys.readouterr().err
+        assert f"{name}' cannot be read: " in error and error.count("\n") == 1, error
+    (tmp_path / "noise.pt").touch()
+    assert status("noise.pt") == 2
+    assert "noise.pt' is neither" in capsys.readouterr().err
+
+
+def test_a_diffusers_folder_takes_another_autoencoder_but_has_no_plain_weights(run, tmp_path, capsys):
+    """Stock SD3 with the autoencoder of stage 1; the text states are those of an exported run."""
+    folder = tmp_path / "exported"
+    assert main(["export", "--workdir", str(run), "--out", str(folder)]) == 0
+    first = write_workdir(tmp_path / "stage1", 1, seed=40, models={"autoencoder": str(folder)})
+    given = ("--models", folder, "--prompt", "a cat", "--resolution", "80x48")
+    for name, more in {"own": (), "other": ("--autoencoder", first)}.items():
+        assert sample(*given, *more, "--out", tmp_path / name) == 0, capsys.readouterr().err
+    own, other = (Image.open(tmp_path / name / "00000.png") for name in ("own", "other"))
+    assert np.abs(np.asarray(own, int) - np.asarray(other)).mean() > 1
+    index = json.loads((tmp_path / "other" / "samples.json").read_text())
+    assert index["models"] == {"path": str(folder), "autoencoder": str(first)}
+    capsys.readouterr()
+    assert sample(*given, "--plain", "--out", tmp_path / "plain") == 2
+    assert "which has one set of weights" in capsys.readouterr().err
+    assert sample(*given, "--autoencoder", tmp_path / "gone", "--out", tmp_path / "plain") == 2
+    assert "There is no folder" in capsys.readouterr().err and not (tmp_path / "plain").exists()
 
 
 def test_a_taken_folder_is_refused(run, tmp_path, capsys):

@@ -1,0 +1,43 @@
+"""`--models` with `--plain` and `--autoencoder`, shared by the commands that open models."""
+
+import dataclasses
+
+from lwd_jax.errors import UserError
+from lwd_jax.report.pipeline import FolderModels, WorkdirModels, open_models
+
+
+@dataclasses.dataclass(frozen=True)
+class _FolderWith(FolderModels):
+    """A diffusers folder whose autoencoder is taken from `other`, a folder or workdir."""
+
+    other: str = ""
+
+    def autoencoder(self, **options):
+        return open_models(self.other).autoencoder(**options)
+
+    def describe(self) -> dict:
+        return super().describe() | {"autoencoder": self.other}
+
+
+def open_given(models: str, *, plain: bool = False, autoencoder: str = "") -> FolderModels | WorkdirModels:
+    """The models that a command was given; nothing is read yet.
+
+    Args:
+      models: a diffusers folder or a workdir.
+      plain: of a workdir, the last weights, not the averaged ones.
+      autoencoder: a folder or workdir to take the autoencoder from; "" = from `models`.
+
+    Raises:
+      UserError: there is no such folder, or it is neither; or `plain` of a folder, which has no averaged weights.
+    """
+    if autoencoder:
+        open_models(autoencoder)  # a folder that is not there is named now, not when it is needed
+    opened = open_models(models, ema=not plain, autoencoder=autoencoder)
+    if not isinstance(opened, FolderModels):
+        return opened
+    if plain:
+        raise UserError(
+            f"--plain takes the last weights of a run instead of the averaged ones, but '{models}' is a diffusers "
+            "folder, which has one set of weights."
+        )
+    return _FolderWith(opened.path, other=autoencoder) if autoencoder else opened

@@ -1,0 +1,67 @@
+"""The `lwd` command itself: its version, and files that cannot be read or written are one sentence."""
+
+import errno
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import write_workdir
+
+from lwd_jax.cli import main
+
+
+def sentence(capsys):
+    said = capsys.readouterr().err
+    assert said.startswith("lwd: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.fromarray(np.full((96, 96, 3), 90, np.uint8)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lwd_jax {importlib.metadata.version('lwd_jax')}\n"
+
+
+def test_a_file_in_place_of_a_workdir_is_named(picture, capsys):
+    assert main(["quickstart", "--workdir", str(picture)]) == 2
+    assert f"{picture} is a file" in sentence(capsys)
+    assert main(["inspect", str(picture), "--out", str(picture / "out")]) == 2
+    assert str(picture) in sentence(capsys)
+
+
+def test_an_output_that_cannot_be_written_is_named(picture, tmp_path, capsys, monkeypatch):
+    def refuse(path, *_, **__):  # chmod would not keep root from writing
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for words in (
+        ["inspect", str(picture), "--out", str(tmp_path / "out")],
+        ["prepare", "--images", str(tmp_path), "--no-captions", "--out", str(tmp_path / "out")],
+    ):
+        assert main(words) == 2
+        assert sentence(capsys) == f"lwd: {tmp_path}: Permission denied.\n"
+
+
+def test_a_picture_that_cannot_be_read_is_named(picture, tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert main(["inspect", str(picture), "--out", str(tmp_path / "out")]) == 2
+    assert f"'{picture}' cannot be read: Permission denied." in sentence(capsys)
+
+
+def test_a_description_that_is_cut_off_is_named(tmp_path, capsys):
+    run = write_workdir(tmp_path / "run", 1)
+    for name in ("model.json", "config.json"):
+        (run / name).write_text((run / name).read_text()[:-20])
+        assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "out")]) == 2
+        assert "JSON" in sentence(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
