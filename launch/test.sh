@@ -2,9 +2,10 @@
 # Makes .venv, installs the package with its test extra, and runs the tests.
 # Arguments go to pytest: bash launch/test.sh -k saliency
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup_venv.sh
 source launch/setup_venv.sh
-setup_venv '.[test]'
+setup_venv "$PWD" test
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # One worker per core: most of a test is compiling, which is single-threaded.
 exec .venv/bin/python -m pytest -n auto --dist worksteal "$@"
