@@ -1,7 +1,7 @@
 """The denoising transformers: one file each, one line each in the table."""
 
 from lwd_jax.backbones import sd3
-from lwd_jax.weights.model import load, save
+from lwd_jax.weights.model import Model, load, save
 
 BACKBONES = {model.class_name: model for model in (sd3.BACKBONE,)}
 
@@ -19,6 +19,16 @@ def load_backbone(folder, **kinds):
     return load(BACKBONES, folder, subfolder="transformer", **kinds)
 
 
+def _row(module) -> Model:
+    return next(model for model in BACKBONES.values() if isinstance(module, model.build))
+
+
+def extend_backbone(module, params, resolution: int):
+    """(module, params) that diffusers can run on pictures of `resolution` px too, once saved; see `Model.extended`."""
+    config, params = _row(module).extended(module.config, params, resolution)
+    return module.clone(config=config), params
+
+
 def save_backbone(folder, module, params, **kinds) -> None:
     """Writes a diffusers folder that `load_backbone` and diffusers' from_pretrained read.
 
@@ -26,5 +36,4 @@ def save_backbone(folder, module, params, **kinds) -> None:
       folder: to be made.
       kinds: dtype, max_shard_bytes; see `weights.model.save`.
     """
-    model = next(model for model in BACKBONES.values() if isinstance(module, model.build))
-    save(model, folder, module, params, **kinds)
+    save(_row(module), folder, module, params, **kinds)

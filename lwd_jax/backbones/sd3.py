@@ -20,7 +20,7 @@ from lwd_jax.nn.attention import attention
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.nn.layers import NORMAL, ZEROS, Dense, RMSNorm, gelu
 from lwd_jax.nn.modulation import Modulation, gated, modulate
-from lwd_jax.nn.positions import grid_positions, sincos, time_features
+from lwd_jax.nn.positions import grid_positions, interpolate_rows, sincos, table_positions, time_features
 from lwd_jax.nn.stack import rematerialised, stacked
 from lwd_jax.shapes import shaped
 from lwd_jax.weights.layout import LINEAR, SAME, Layout, conv_as_linear
@@ -425,6 +425,21 @@ def to_foreign(config: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- model
 
 
+def extended(config: Config, params, resolution: int) -> tuple[Config, Any]:
+    """(config, params) whose position table is long enough for pictures of `resolution` px.
+
+    A table that ends before is interpolated whenever this model runs, but diffusers can only crop it. So the rows
+    that a square picture of this side takes (see `grid_positions`) become the table: at this size both give the same
+    output, while other sizes are crops of the new table. A table that is long enough stays as it is.
+    """
+    side = resolution // (LATENT_FACTOR * config.patch_size)
+    if side <= config.pos_embed_max_size:
+        return config, params
+    positions = table_positions(side, side, config.pos_embed_max_size)
+    table = jnp.stack([interpolate_rows(axis, positions) for axis in params["position"]["table"]])
+    return dataclasses.replace(config, pos_embed_max_size=side), params | {"position": {"table": table}}
+
+
 def inputs(config: Config, resolution: int, batch: int) -> tuple:
     """Arguments of the module for square pictures of `resolution` px, as ShapeDtypeStructs."""
 
@@ -444,4 +459,5 @@ BACKBONE = Model(
     from_foreign=from_foreign,
     to_foreign=to_foreign,
     inputs=inputs,
+    extended=extended,
 )

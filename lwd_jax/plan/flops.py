@@ -27,8 +27,8 @@ def sd3_forward(config: sd3.Config, height: int, width: int, text: int) -> int:
     attention = 4 * both * both * wide
     joint = streams + attention + (6 + 6) * square
     dual = picture * 4 * square + 4 * picture * picture * wide + 3 * square
-    # The last block's text has no way out: q, k, v and two vectors of modulation are all.
-    last = (12 * picture + 3 * text) * square + attention + (6 + 2) * square
+    # The last block's text has no way out: keys, values and two vectors of modulation are all.
+    last = (12 * picture + 2 * text) * square + 4 * picture * both * wide + (6 + 2) * square
 
     ends = 2 * picture * patch**2 * wide * (config.in_channels + config.out_channels)
     ends += 2 * text * config.joint_attention_dim * wide

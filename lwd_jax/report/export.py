@@ -9,12 +9,14 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from lwd_jax.autoencoders import save_autoencoder
-from lwd_jax.backbones import save_backbone
-from lwd_jax.config import Config, Models, Training, to_json
-from lwd_jax.errors import UserError
+from lwd_jax.backbones import extend_backbone, save_backbone
+from lwd_jax.config import Config, Models, Sampling, Training, to_json
+from lwd_jax.errors import UserError, choose
 from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import MANIFEST, TEXT_PARTS, FolderModels, WorkdirModels, open_models
 from lwd_jax.report.staging import staged
+from lwd_jax.sample.schedule import TRAIN_TIMES
+from lwd_jax.sample.solvers import SCHEDULERS
 from lwd_jax.train.checkpoint import Checkpoints
 from lwd_jax.train.models import BACKBONE, MODEL_FILE, TRAINED, describe, open_model
 from lwd_jax.train.state import State
@@ -51,15 +53,18 @@ def _add_text(folder: Path, models: WorkdirModels) -> dict:
     return {part: index[part] if part in present else (None, None) for part in TEXT_PARTS}
 
 
-def _add_scheduler(folder: Path, shift: float) -> None:
+def _add_scheduler(folder: Path, sampling: Sampling) -> str:
+    """The scheduler that does what the run samples with; its class."""
+    name = choose(SCHEDULERS, sampling.solver, "solver")
     (folder / "scheduler").mkdir()
     scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_class_name": name,
         "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": 1000,
-        "shift": shift,
+        "num_train_timesteps": TRAIN_TIMES,
+        "shift": sampling.shift,
     }
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    return name
 
 
 def _export_autoencoder(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
@@ -76,11 +81,11 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, 
     fingerprints = {"autoencoder": fingerprint(params)}
     del params
     _, module, params, step = models.trained()
+    module, params = extend_backbone(module, params, models.config.resolution)
     save_backbone(folder / "transformer", module, params, dtype=dtype)
     fingerprints["backbone"] = fingerprint(params)
-    _add_scheduler(folder, models.sampling().shift)
     parts = {
-        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        "scheduler": ("diffusers", _add_scheduler(folder, models.sampling())),
         "transformer": ("diffusers", "SD3Transformer2DModel"),
         "vae": ("diffusers", "AutoencoderKL"),
         "image_encoder": (None, None),
@@ -101,6 +106,7 @@ def export(
     """Writes a run's models as a diffusers folder with a model card; whole or not at all.
 
     Stage 1 gives `vae/` alone, stage 2 a pipeline; text encoders come along where the models it started from had them.
+    A position table that ends before the run's resolution is extended to it, because diffusers does not interpolate it.
 
     Args:
       workdir: of the run.

@@ -16,6 +16,8 @@ from lwd_jax.backbones import sd3
 from lwd_jax.config import Config, Sampling
 from lwd_jax.data.text import TextEncoder, open_text_encoder
 from lwd_jax.errors import UserError
+from lwd_jax.sample.schedule import TRAIN_TIMES
+from lwd_jax.sample.solvers import SCHEDULERS
 from lwd_jax.train.checkpoint import is_workdir, read_params
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model, read_description
@@ -28,6 +30,7 @@ MANIFEST = "lwd.json"  # what `lwd export` writes beside model_index.json
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 # Settings of diffusers' flow-matching schedulers that change the noise levels; only these values are reproduced here.
 _SCHEDULE = {
+    "num_train_timesteps": TRAIN_TIMES,
     "use_dynamic_shifting": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
@@ -45,20 +48,22 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path} is not sound JSON: {error}.") from error
 
 
-def _flow_shift(folder: Path) -> float:
-    """The static shift of a diffusers scheduler folder.
+def _read_scheduler(folder: Path) -> dict:
+    """Solver and static shift of a diffusers scheduler folder, as fields of Sampling.
 
     Raises:
-      UserError: not a flow-matching scheduler, or one with a schedule that is not reproduced here.
+      UserError: a scheduler that is none of our solvers, or one with a schedule that is not reproduced here.
     """
     scheduler = _read_json(folder / "scheduler_config.json")
     name = scheduler.get("_class_name", "")
-    if not name.startswith("FlowMatch"):
-        raise UserError(f"{folder} names the scheduler {name}, but only flow-matching schedulers are supported.")
+    solvers = {foreign: solver for solver, foreign in SCHEDULERS.items()}
+    if name not in solvers:
+        raise UserError(f"{folder} names the scheduler {name}, but only {' and '.join(solvers)} are supported.")
     for setting, plain in _SCHEDULE.items():
         if scheduler.get(setting, plain) != plain:
             raise UserError(f"{folder} sets {setting} to {scheduler[setting]}, which is not supported.")
-    return float(scheduler.get("shift", 1.0))  # 1.0 is what diffusers reads where the field is absent
+    shift = scheduler.get("shift", 1.0)  # 1.0 is what diffusers reads where the field is absent
+    return {"solver": solvers[name], "shift": float(shift)}
 
 
 def _read(
@@ -98,11 +103,11 @@ class FolderModels:
         return _read(BACKBONE, self.path, True, **options)
 
     def sampling(self) -> Sampling:
-        """The settings to sample with: the run's own where `lwd export` wrote them, with the scheduler's shift."""
+        """The settings to sample with: the run's own where `lwd export` wrote them, the scheduler's solver and shift."""
         sampling = Sampling(**self.manifest()["sampling"]) if self.manifest().get("sampling") else Sampling()
         if not (self.path / "scheduler").is_dir():
             return sampling
-        return dataclasses.replace(sampling, shift=_flow_shift(self.path / "scheduler"))
+        return dataclasses.replace(sampling, **_read_scheduler(self.path / "scheduler"))
 
     def resolution(self) -> int:
         """The side in px of the square pictures the backbone was made for."""

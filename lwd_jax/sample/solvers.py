@@ -51,3 +51,4 @@ def heun(predict, z, sigmas):
 
 
 SOLVERS = {"euler": euler, "heun": heun}
+SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}  # diffusers' names

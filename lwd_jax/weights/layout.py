@@ -39,15 +39,10 @@ def conv_as_linear(height: int, width: int) -> Layout:
     return Layout(f"{height}x{width} convolution as linear: (out, in, h, w) -> (h w in, out)", to_ours, to_foreign)
 
 
-def our_shape(layout: Layout, foreign_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that `layout` gives to a foreign tensor of this shape; nothing of that size is allocated.
-
-    Raises:
-      ValueError: the layout does not apply to this number of axes.
-    """
-    return layout.to_ours(np.broadcast_to(np.zeros((), np.int8), foreign_shape)).shape
-
-
 def foreign_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The inverse of `our_shape`."""
+    """The shape of the foreign tensor that `layout` makes of a parameter of this shape.
+
+    The layout is tried on zeros that have no memory of their own: nothing of that size is allocated, unless the layout
+    joins arrays, as that of a position table does (a byte an element).
+    """
     return layout.to_foreign(np.broadcast_to(np.zeros((), np.int8), shape)).shape

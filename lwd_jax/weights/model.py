@@ -27,6 +27,8 @@ class Model(NamedTuple):
       from_foreign: diffusers config dict -> Config; UserError on anything that is not supported.
       to_foreign: Config -> the full diffusers config dict.
       inputs: (config, resolution in px, batch) -> the arguments of the module, as ShapeDtypeStructs.
+      extended: (config, params, resolution in px) -> (config, params) of the model that diffusers can run at that
+        resolution too, with the output it has here.
     """
 
     class_name: str
@@ -36,6 +38,7 @@ class Model(NamedTuple):
     from_foreign: Callable
     to_foreign: Callable
     inputs: Callable
+    extended: Callable = lambda config, params, resolution: (config, params)
 
 
 def _initialiser(model: Model, config, param_dtype) -> Callable:
@@ -110,7 +113,15 @@ def load(
         raise UserError(f"{folder}: {error}") from error
 
 
-def save(model: Model, folder: str | os.PathLike, module: nn.Module, params, *, dtype=None) -> None:
-    """Writes a diffusers folder that `load` and diffusers' from_pretrained read. See `write_folder`."""
+def save(model: Model, folder: str | os.PathLike, module: nn.Module, params, **kinds) -> None:
+    """Writes a diffusers folder that `load` and diffusers' from_pretrained read.
+
+    Args:
+      model: the row of the table.
+      folder: new or empty.
+      module: with config set.
+      params: its parameters.
+      kinds: dtype and max_shard_bytes of the files; see `write_folder`.
+    """
     foreign = {"_class_name": model.class_name} | model.to_foreign(module.config)
-    write_folder(folder, foreign, write(model.rows(module.config), params), dtype=dtype)
+    write_folder(folder, foreign, write(model.rows(module.config), params), **kinds)

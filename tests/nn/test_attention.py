@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn import attention as room
 from lwd_jax.nn.attention import attention
+from lwd_jax.nn.stack import REMAT
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -59,6 +61,50 @@ def test_which_kernel_a_gpu_runs(monkeypatch, dtype, head, fused):
     attention(q, q, q, platform="gpu")
     attention(q, q, q, platform="cpu")
     assert chosen == ["cudnn" if fused else "xla", "xla"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "masked", "fused"),
+    [((4, 6), True, True), ((3, 6), True, False), ((4, 5), True, False), ((3, 5), False, True)],
+)
+def test_a_mask_over_odd_lengths_is_not_for_cudnn(monkeypatch, lengths, masked, fused):
+    """It would raise as soon as a gradient is taken."""
+    chosen = []
+
+    def recorded(q, k, v, mask=None, implementation=None):
+        chosen.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    q, k = (jnp.zeros((1, length, 1, 64), jnp.bfloat16) for length in lengths)
+    attention(q, k, k, mask=jnp.ones((1, 1, *lengths), bool) if masked else None, platform="gpu")
+    assert chosen == ["cudnn" if fused else "xla"]
+
+
+def kept_for_backward(platform, dtype):
+    """Shapes that the policy "attention" keeps of one remat attention between two products, arguments included."""
+    block = jax.checkpoint(lambda x, w: attention(x * w, x, x + w, platform=platform) * w, policy=REMAT["attention"])
+    x = jax.ShapeDtypeStruct((1, 4, 2, 64), dtype)
+    _, backward = jax.eval_shape(lambda x, w: jax.vjp(block, x, w), x, x)
+    return sorted(leaf.shape for leaf in jax.tree.leaves(backward))
+
+
+def test_remat_keeps_the_output_once(monkeypatch):
+    """With cuDNN traced as on a GPU: its output and log-sum-exp, each once; with XLA the output."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+    arguments = [(1, 4, 2, 64)] * 2
+    assert kept_for_backward("cpu", jnp.bfloat16) == sorted(arguments + [(1, 4, 2, 64)])
+    assert kept_for_backward("gpu", jnp.bfloat16) == sorted(arguments + [(1, 4, 2, 64), (1, 2, 4)])
+
+
+def test_float32_is_multiplied_in_full_precision():
+    q = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+    found = traced(jax.grad(lambda *qkv: attention(*qkv).sum(), (0, 1, 2)), q, q, q)
+    assert (1, 2, 1, 4, 4) in shapes(found) or (1, 2, 4, 4) in shapes(found)
+    assert not rounded(found)
 
 
 def test_a_kernel_is_one_line_of_the_table(monkeypatch):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import rounded, traced
 
 from lwd_jax.nn.layers import Dense, RMSNorm, gelu, layer_norm
 from lwd_jax.nn.modulation import Modulation, gated, modulate
@@ -42,6 +43,13 @@ def test_dense_keeps_the_accumulator_where_asked():
     assert wide.dtype == jnp.float32
     np.testing.assert_allclose(wide, 512 * (1 + 2**-7) ** 2, rtol=1e-7)
     assert Dense(1, dtype=jnp.bfloat16).apply({"params": params}, x).dtype == jnp.bfloat16
+
+
+def test_float32_products_are_in_full_precision():
+    """A GPU would round float32 operands to TF32, a TPU to bfloat16."""
+    x, params = draw(2, 8), {"kernel": draw(8, 3), "bias": draw(3)}
+    assert not rounded(traced(jax.grad(lambda p: Dense(3).apply({"params": p}, x).sum()), params))
+    assert rounded(traced(lambda x, kernel: x @ kernel, x, params["kernel"]))  # the control
 
 
 def test_modulation_starts_as_the_identity():

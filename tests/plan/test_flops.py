@@ -1,4 +1,4 @@
-"""Law: FLOPs by formula are those that torch counts in diffusers' model."""
+"""Law: FLOPs by formula are those that torch counts in diffusers' model, but for what comes to nothing there."""
 
 import pytest
 
@@ -20,7 +20,9 @@ def test_sd3_forward_is_torchs_count(variant, height, width, text):
         latent, tokens = torch.empty(1, 16, height, width), torch.empty(1, text, config.joint_attention_dim)
         with torch.no_grad():
             model(latent, tokens, torch.empty(1, config.pooled_projection_dim), torch.empty(1))
-    assert sd3_forward(config, height, width, text) == counter.get_total_flops()
+    # diffusers computes the text's queries of the last block and what they attend to, and drops it.
+    dropped = 2 * text * config.width**2 + 4 * text * (height * width // 4 + text) * config.width
+    assert sd3_forward(config, height, width, text) == counter.get_total_flops() - dropped
 
 
 def test_figures_of_a_training_step():

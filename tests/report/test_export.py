@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
@@ -16,6 +17,7 @@ from lwd_jax.autoencoders import kl
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Sampling
 from lwd_jax.errors import UserError
+from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.report.export import export, import_models
 from lwd_jax.report.pipeline import TEXT_PARTS, open_models, text_encoder
 from lwd_jax.report.samples import Request, encode_prompts, sample_pictures
@@ -131,6 +133,50 @@ def test_export_import_export_is_the_identity(runs, exported, tmp_path, stage, p
         kept = [json.loads((place / "lwd.json").read_text()) for place in (exported, again)]
         assert kept[0]["text"] == kept[1]["text"] and kept[0]["sampling"] == kept[1]["sampling"]
         assert json.loads((again / "lwd.json").read_text())["step"] == 0
+
+
+def test_the_scheduler_is_that_of_the_runs_solver(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    base = write_pipeline(tmp_path / "base")
+    models = {"autoencoder": str(base), "backbone": str(base)}
+    run = write_workdir(tmp_path / "run", 2, models=models, sampling={"solver": "heun", "shift": 2.0})
+    folder = export(run, tmp_path / "model")
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, **without_text())
+    assert isinstance(pipe.scheduler, diffusers.FlowMatchHeunDiscreteScheduler) and pipe.scheduler.config.shift == 2.0
+    assert open_models(folder).sampling() == open_models(run).sampling()
+    assert import_models(folder, tmp_path / "workdir").sampling.solver == "heun"
+
+
+def test_past_the_position_tables_end_the_table_comes_extended(tmp_path):
+    """The run's 256 px are 16 tokens a side, its table has 12: diffusers could not crop that."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    base = write_pipeline(tmp_path / "base")
+    models = {"autoencoder": str(base), "backbone": str(base)}
+    run = write_workdir(tmp_path / "run", 2, seed=5, models=models, resolution=256)
+    folder = export(run, tmp_path / "model")
+    import_models(folder, tmp_path / "workdir")
+    rng = np.random.default_rng(3)
+    z, tokens, pooled = (rng.standard_normal(s).astype(np.float32) for s in ((1, 32, 32, 4), (1, 9, 24), (1, 16)))
+    t = np.array([0.3], np.float32)
+    cond = Conditioning(tokens, pooled=pooled)
+    outputs, sizes = [], []
+    for place in (run, folder):
+        module, params = open_models(place).backbone()
+        output = jax.jit(module.apply, compiler_options={"xla_backend_optimization_level": 0})
+        outputs.append(np.asarray(output({"params": params}, z, t, cond)))
+        sizes.append(module.config.pos_embed_max_size)
+    assert sizes == [12, 16]
+    again = open_models(tmp_path / "workdir").backbone()
+    assert again[0] == module and fingerprint(again[1]) == fingerprint(params)
+    theirs = loads_exactly(diffusers.SD3Transformer2DModel, folder, "transformer")
+    with torch.no_grad():
+        arguments = (torch.from_numpy(x) for x in (z.transpose(0, 3, 1, 2).copy(), tokens, pooled, 1000 * t))
+        wanted = theirs(*arguments).sample.permute(0, 2, 3, 1).numpy()
+    for ours in outputs:
+        assert np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
+    manifest = json.loads((folder / "lwd.json").read_text())
+    assert manifest["fingerprints"]["backbone"] == fingerprint(params)
 
 
 def test_stage_1_gives_an_autoencoder(runs, tmp_path):

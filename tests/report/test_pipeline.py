@@ -97,7 +97,12 @@ def test_what_holds_no_models_is_named(tmp_path):
         open_models(tmp_path)
 
 
-REFUSED = [({"shift_terminal": 0.1}, "shift_terminal"), ({"_class_name": "DDIM"}, "DDIM")]
+REFUSED = [
+    ({"shift_terminal": 0.1}, "shift_terminal"),
+    ({"_class_name": "DDIM"}, "DDIM"),
+    ({"_class_name": "FlowMatchLCMScheduler"}, "FlowMatchLCMScheduler"),
+    ({"num_train_timesteps": 500}, "num_train_timesteps to 500"),
+]
 
 
 @pytest.mark.parametrize("setting,word", REFUSED)
@@ -107,6 +112,14 @@ def test_a_scheduler_that_is_not_reproduced_is_refused(folder, tmp_path, setting
     file.write_text(json.dumps(json.loads(file.read_text()) | setting))
     with pytest.raises(UserError, match=word):
         open_models(tmp_path / "copy").sampling()
+
+
+def test_the_scheduler_says_which_solver(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
+    scheduler = {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 1.5}
+    file.write_text(json.dumps(scheduler))
+    assert open_models(tmp_path / "copy").sampling() == Sampling(solver="heun", shift=1.5)
 
 
 def test_another_text_encoder_is_refused(runs):
