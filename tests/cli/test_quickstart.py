@@ -2,18 +2,32 @@
 again.
 """
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from lwd_jax.cli import main
+from lwd_jax.cli import main, quickstart
+from lwd_jax.cli.config_flag import read_config
+from lwd_jax.cli.quickstart import WORDS, Clock, Part
+from lwd_jax.parallel.mesh import batch_parts, make_mesh
+from lwd_jax.report import quickstart as report
+from lwd_jax.report.photographs import Photograph, shipped
 from lwd_jax.report.pipeline import open_models
+from lwd_jax.report.quickstart import Run
+from lwd_jax.train.models import open_autoencoder, open_trained
+from lwd_jax.train.program import build_program
+from lwd_jax.train.setup import stage_of
 
 # Compiling is most of a run of few steps: one device, and as little optimisation as there is.
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
@@ -38,7 +52,7 @@ def test_quickstart_from_photographs_to_report(tmp_path):
     page = (workdir / "report.html").read_text()
     assert {path.stem for path in (workdir / "pictures").iterdir()} == PICTURES
     assert page.count("data:image/png;base64,") == len(PICTURES)
-    assert "What it cannot show" in page and "hashed_words" in ran.stdout
+    assert "What it cannot show" in page and "run with --fast" in page and "hashed_words" in ran.stdout
     assert set(re.findall(r"lwd (\w+)", ran.stdout)) >= {"prepare", "train", "encode", "sample", "export"}
 
     # Both arms start from the same weights and see the same batches: their first unmasked losses are equal.
@@ -58,6 +72,66 @@ def test_quickstart_from_photographs_to_report(tmp_path):
     again = lwd("--workdir", workdir)
     assert again.returncode == 0, again.stderr[-4000:]
     assert again.stdout.count("(done before)") == 11  # all but the report
+
+
+@pytest.mark.parametrize("count, pictures_over", [(1, 1), (3, 1), (8, 4)])
+def test_its_batches_divide_over_any_number_of_devices(tmp_path, monkeypatch, count, pictures_over):
+    """The words of every lwd train in it give a mesh of all devices, and programs whose sizes divide."""
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    parts = quickstart._parts(Run(tmp_path), shipped()[:2], fast=True)
+    commands = [part.work for part in parts if not callable(part.work) and part.work[0] == "train"]
+    assert len(commands) == 5
+    for words in commands:
+        given = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
+        config = read_config(given["--config"], [word for word in words if word.startswith("--config.")])
+        mesh = make_mesh(config.mesh, jax.devices()[:count])
+        assert mesh.size == count and batch_parts(mesh) == pictures_over
+        models = dataclasses.replace(config.models, autoencoder="", backbone="")  # random weights of the same sizes
+        config = dataclasses.replace(config, models=models)
+        sizes = open_autoencoder(config).module.config
+        program = build_program(config, mesh, stage_of(config, open_trained(config), sizes, WORDS + 1, None))
+        assert all(leaf.sharding.mesh.size == count for leaf in jax.tree.leaves(program.batch))
+
+
+def test_the_seconds_of_a_part_are_kept_whatever_ends_it(tmp_path):
+    def stop():
+        time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Clock(tmp_path, 1).run(Part("work", stop, None))
+    kept = json.loads((tmp_path / "times.json").read_text())
+    assert kept["work"] >= 0.02 and Clock(tmp_path, 1).seconds == kept
+
+
+def test_the_report_says_what_was_cut(tmp_path, monkeypatch):
+    text = {"metadata": {"text": {"length": 4}}}
+    monkeypatch.setattr(report, "open_latents", lambda folder: SimpleNamespace(**text))
+    photographs = [Photograph("a", "one two three", None), Photograph("b", "one two three four", None)]
+
+    def said(fast):
+        section = report._what(photographs, Run(tmp_path), SimpleNamespace(resolution=128), fast)
+        return " ".join(block.text for block in section.blocks)
+
+    assert "the first 3 words of a caption (1 of the 2 captions" in said(False) and "--fast" not in said(False)
+    assert "This is a run with --fast" in said(True)
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 1)])
+def test_memory_is_counted_in_the_units_of_the_system(monkeypatch, platform, unit):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(report.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**30 // unit))
+    assert report.peak_memory() == 3.0
+
+
+def test_commands_to_type_next_are_quoted(tmp_path):
+    run = Run(tmp_path / "my run")
+    code = report._next(run, [Photograph("a", 'the "red" boat\'s $HOME', None)]).blocks[1].text
+    (line,) = (line for line in code.splitlines() if line.startswith("lwd sample"))
+    words = shlex.split(line)
+    assert words[words.index("--prompt") + 1] == 'the "red" boat\'s $HOME'
+    assert words[words.index("--models") + 1] == str(run.export)
 
 
 def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, capsys):
