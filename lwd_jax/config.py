@@ -7,6 +7,7 @@ UserError that says what was meant.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,7 +128,7 @@ class Config:
     seed: int = 0
     resolution: int = 1024  # px; the side of a square picture, and the area of the other aspect buckets
     dtype: str = "bfloat16"  # of matrix products and activations
-    param_dtype: str = "float32"  # of master weights
+    param_dtype: str = "float32"  # of parameters that are frozen; what trains is always float32
     remat: str = "full"  # none, attention (save attention outputs), full
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
@@ -149,9 +150,44 @@ _CHOICES = {
     "matching.shift_rule": ("none", "static", "dynamic"),
     "reconstruction.distance": ("l2", "l1"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
+    "sampling.solver": ("euler", "heun"),
 }
-# Sections that mean nothing in a stage: setting one there is a contradiction, not a default.
-_UNUSED_SECTIONS = {1: ("matching", "sampling"), 2: ("reconstruction",)}
+# What means nothing in a stage: another value than the default is a contradiction there.
+_UNUSED = {
+    1: ("matching", "sampling", "data.latents", "models.backbone", "training.preview_prompts"),
+    2: ("reconstruction", "data.dataset", "data.flip"),
+}
+_DEFAULTS = Config()
+_INF = math.inf
+_RANGES = {  # field -> (lowest, highest, bounds are excluded)
+    "resolution": (16, _INF, False),
+    "data.batch_size": (1, _INF, False),
+    "data.workers": (0, _INF, False),
+    "data.held_out": (0, _INF, False),
+    "matching.levels": (1, _INF, False),
+    "matching.floor": (0, 1, True),
+    "matching.softness": (0, _INF, True),
+    "matching.logit_std": (0, _INF, True),
+    "matching.shift": (0, _INF, True),
+    "matching.time_bins": (1, _INF, False),
+    "matching.caption_dropout": (0, 1, False),
+    "reconstruction.alpha": (0, _INF, False),
+    "reconstruction.beta": (0, _INF, False),
+    "reconstruction.lpips": (0, _INF, False),
+    "optimizer.learning_rate": (0, _INF, True),
+    "optimizer.weight_decay": (0, _INF, False),
+    "optimizer.clip": (0, _INF, False),
+    "optimizer.warmup": (0, _INF, False),
+    "optimizer.accumulate": (1, _INF, False),
+    "training.steps": (1, _INF, False),
+    "training.log_every": (1, _INF, False),
+    "training.save_every": (1, _INF, False),
+    "training.keep": (1, _INF, False),
+    "training.preview_every": (0, _INF, False),
+    "training.nonfinite_limit": (1, _INF, False),
+    "sampling.steps": (1, _INF, False),
+    "sampling.shift": (0, _INF, True),
+}
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str):
@@ -169,6 +205,9 @@ def _convert(spec: dataclasses.Field, value: Any, name: str):
             raise UserError(f"Config field '{name}' is a section of fields, but {value!r} was given.")
         return _build(type(default), value, f"{name}.")
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        kind = int if spec.type == tuple[int, ...] else str
+        if wrong := next((part for part in value if type(part) is not kind), None):
+            raise UserError(f"Config field '{name}' holds values of type {kind.__name__}, but {wrong!r} was given.")
         return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -184,29 +223,33 @@ def _get(config: Config, dotted: str):
     return value
 
 
-def _check(config: Config, given: Mapping[str, Any]) -> None:
+def _check(config: Config) -> None:
     for name, choices in _CHOICES.items():
         value = _get(config, name)
         if value not in choices:
             near = did_you_mean(str(value), [str(c) for c in choices])
             raise UserError(f"Config field '{name}' cannot be {value!r}.{near}")
-    for section in _UNUSED_SECTIONS[config.stage]:
-        if section in given:
-            raise UserError(f"Config section '{section}' has no effect in stage {config.stage}; remove it.")
-    if not 0 < config.matching.floor < 1:
-        raise UserError(f"Config field 'matching.floor' must lie in (0, 1), but it is {config.matching.floor}.")
+    for name in _UNUSED[config.stage]:
+        if _get(config, name) != _get(_DEFAULTS, name):
+            raise UserError(f"Config '{name}' has no effect in stage {config.stage}; remove it.")
+    if not 0 <= config.training.ema < 1:
+        raise UserError(f"Config field 'training.ema' must lie in [0, 1), but it is {config.training.ema}.")
+    for name, (low, high, strict) in _RANGES.items():
+        value = _get(config, name)
+        if not low <= value <= high or (strict and value in (low, high)):
+            bounds = f"({low}, {high})" if strict else f"[{low}, {high}]"
+            raise UserError(f"Config field '{name}' must lie in {bounds}, but it is {value}.")
     if config.data.batch_size % config.optimizer.accumulate:
         raise UserError(
             f"data.batch_size {config.data.batch_size} does not divide into optimizer.accumulate "
             f"{config.optimizer.accumulate} parts."
         )
-    for name in ("data.batch_size", "optimizer.accumulate", "training.steps", "resolution", "matching.levels"):
-        if _get(config, name) < 1:
-            raise UserError(f"Config field '{name}' must be at least 1, but it is {_get(config, name)}.")
     if config.resolution % 16:
         raise UserError(f"Config field 'resolution' must be a multiple of 16, but it is {config.resolution}.")
-    if not 0 <= config.training.ema < 1:
-        raise UserError(f"Config field 'training.ema' must lie in [0, 1), but it is {config.training.ema}.")
+    if config.reconstruction.alpha and not config.reconstruction.scales:
+        raise UserError("reconstruction.alpha is not 0, but reconstruction.scales names no scale to draw.")
+    if any(scale < 2 for scale in config.reconstruction.scales):
+        raise UserError(f"Every one of reconstruction.scales must be at least 2, not {config.reconstruction.scales}.")
     if list(vars(config.mesh).values()).count(-1) > 1:
         raise UserError("Only one axis of 'mesh' can be -1 (what is left).")
 
@@ -219,7 +262,7 @@ def load_config(values: Any) -> Config:
     """
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     config = _build(Config, values, "")
-    _check(config, values)
+    _check(config)
     return config
 
 

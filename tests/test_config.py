@@ -40,6 +40,19 @@ def test_config_dict_and_nested_values():
         ({"resolution": 1000}, ["resolution", "16"]),
         ({"mesh": {"data": -1, "fsdp": -1}}, ["mesh"]),
         ({"training": {"ema": 1.0}}, ["ema"]),
+        ({"optimizer": {"accumulate": 0}}, ["optimizer.accumulate", "[1, "]),
+        ({"optimizer": {"clip": -1.0}}, ["optimizer.clip"]),
+        ({"training": {"log_every": 0}}, ["training.log_every"]),
+        ({"training": {"save_every": 0}}, ["training.save_every"]),
+        ({"training": {"nonfinite_limit": 0}}, ["nonfinite_limit"]),
+        ({"matching": {"shift": 0.0}}, ["matching.shift", "(0, "]),
+        ({"matching": {"time_bins": 0}}, ["time_bins"]),
+        ({"sampling": {"solver": "eular"}}, ["sampling.solver", "Did you mean 'euler'"]),
+        ({"stage": 1, "reconstruction": {"scales": ()}}, ["scales"]),
+        ({"stage": 1, "reconstruction": {"scales": (1,)}}, ["scales", "at least 2"]),
+        ({"stage": 1, "reconstruction": {"scales": ("2",)}}, ["scales", "int"]),
+        ({"stage": 1, "models": {"backbone": "sd3"}}, ["models.backbone", "stage 1"]),
+        ({"stage": 2, "data": {"flip": False}}, ["data.flip", "stage 2"]),
     ],
 )
 def test_mistakes_are_one_sentence_that_names_the_field(values, words):
@@ -63,16 +76,23 @@ def test_overrides_from_the_command_line(tmp_path):
         "import ml_collections\n"
         "def get_config():\n    return ml_collections.ConfigDict({'stage': 2, 'optimizer': {'warmup': 10}})\n"
     )
-    overrides = ["--config.optimizer.learning_rate=1e-3", "--config.data.flip=false", "--config.matching.mask=soft"]
+    overrides = ["--config.optimizer.learning_rate=1e-3", "--config.data.buckets=false", "--config.matching.mask=soft"]
     config = read_config(str(file), overrides)
     assert config.optimizer.learning_rate == 1e-3 and config.optimizer.warmup == 10
-    assert config.data.flip is False and config.matching.mask == "soft"
+    assert config.data.buckets is False and config.matching.mask == "soft"
     with pytest.raises(UserError, match="Did you mean 'warmup'"):
         read_config(str(file), ["--config.optimizer.warmpu=3"])
     with pytest.raises(UserError, match="section"):
         read_config(str(file), ["--config.optimizer.warmup.x=3"])
     with pytest.raises(UserError, match="no config file"):
         read_config(str(tmp_path / "other.py"), [])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resolved_config_is_a_config_too(stage, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(to_json(load_config({"stage": stage})))
+    assert read_config(str(file), []) == load_config({"stage": stage})
 
 
 def test_the_command_frame(capsys):

@@ -4,6 +4,7 @@ Every example is a pure function of (config, its place in the stream), see data/
 for any number of worker processes and hosts, and after a restart at any place.
 """
 
+import hashlib
 import logging
 
 import grain
@@ -21,6 +22,7 @@ from lwd_jax.data.pictures import UNREADABLE, decode
 from lwd_jax.errors import UserError
 
 STATE = "global_next_index"
+IDENTITY = "identity"
 ENDLESS = 1 << 62
 READ_THREADS = 4
 _LOG = logging.getLogger(__name__)
@@ -78,18 +80,19 @@ def _latent_example(latents: Latents, number: int, states) -> dict:
 
 
 class _Source(grain.sources.RandomAccessDataSource):
-    """The stream, arranged so that grain's strided shards are the contiguous row blocks of each global batch."""
+    """The stream, arranged so that grain's strided shards are the processes' rows of each global batch."""
 
-    def __init__(self, example, batch_size: int, process_count: int):
-        self.example, self.batch_size, self.process_count = example, batch_size, process_count
+    def __init__(self, example, batch_size: int, blocks: np.ndarray):
+        self.example, self.batch_size = example, batch_size
+        rows = np.arange(batch_size).reshape(blocks.size, -1)
+        self.order = rows[blocks].reshape(len(blocks), -1).T.reshape(-1)  # row of a batch, one process after another
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> dict:
         batch, slot = divmod(int(index), self.batch_size)
-        row, process = divmod(slot, self.process_count)
-        return self.example(batch * self.batch_size + process * (self.batch_size // self.process_count) + row)
+        return self.example(batch * self.batch_size + int(self.order[slot]))
 
 
 class Batches:
@@ -102,20 +105,21 @@ class Batches:
       replaced: how many unreadable pictures of this process were replaced so far.
     """
 
-    def __init__(self, example, stream: Order, shapes, config: Config, process_index: int, process_count: int):
+    def __init__(self, example, stream: Order, shapes, config, identity: str, process_index: int, blocks: np.ndarray):
         self.global_batch = config.data.batch_size
         self.batches_per_epoch = stream.batches_per_epoch
         self.shapes = shapes
         self.replaced = 0
+        self._identity = identity
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
         workers = config.data.workers
         elastic = grain.experimental.ElasticIterator(
-            grain.MapDataset.source(_Source(example, self.global_batch, process_count)),
+            grain.MapDataset.source(_Source(example, self.global_batch, blocks)),
             self.global_batch,
-            grain.sharding.ShardOptions(process_index, process_count),
+            grain.sharding.ShardOptions(process_index, len(blocks)),
             # Grain's own default buffers 500 examples, which is 25 GB at 4096 px.
-            read_options=grain.ReadOptions(READ_THREADS, max(READ_THREADS, self.global_batch // process_count)),
+            read_options=grain.ReadOptions(READ_THREADS, max(READ_THREADS, self.global_batch // len(blocks))),
             multiprocessing_options=grain.MultiprocessingOptions(workers) if workers else None,
         )
         self._iterator = iter(elastic)
@@ -129,14 +133,24 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, int]:
-        """{STATE: pictures of the global stream that were handed out}; the same on every process."""
-        return {STATE: int(self._iterator.get_state()[STATE])}
+        """{STATE: pictures of the global stream that were handed out, IDENTITY: of the data}; the same on every
+        process.
+        """
+        return {STATE: int(self._iterator.get_state()[STATE]), IDENTITY: self._identity}
 
     def restore(self, state: dict[str, int]) -> None:
         """Continues at a state, of a run with any number of processes and workers.
 
         A state that is no multiple of the batch size (which was changed) is rounded up to the next batch.
+
+        Raises:
+          UserError: the state is of other data.
         """
+        if state.get(IDENTITY, self._identity) != self._identity:
+            raise UserError(
+                "The data at the config's path are not those this run was started with: pictures, captions or what "
+                "encoded them changed. Bring them back, or use a new --workdir."
+            )
         batches = -(-int(state[STATE]) // self.global_batch)
         self._iterator.set_state({STATE: batches * self.global_batch})
 
@@ -145,9 +159,9 @@ class Batches:
         self._iterator.close()
 
 
-def _check_batch(config: Config, process_count: int) -> None:
-    if config.data.batch_size % process_count:
-        raise UserError(f"data.batch_size {config.data.batch_size} does not divide among {process_count} processes.")
+def _check_batch(config: Config, blocks: np.ndarray) -> None:
+    if config.data.batch_size % blocks.size:
+        raise UserError(f"data.batch_size {config.data.batch_size} does not divide into {blocks.size} parts.")
 
 
 def _open_dataset(config: Config) -> Dataset:
@@ -178,21 +192,28 @@ def _without_held_out(bucket_of: np.ndarray, sha256: np.ndarray, count: int) -> 
     return kept
 
 
-def make_batches(config: Config, *, process_index: int, process_count: int, start_index: int = 0) -> Batches:
+ALONE = np.zeros((1, 1), int)  # one process that reads everything
+
+
+def make_batches(
+    config: Config, *, process_index: int = 0, blocks: np.ndarray = ALONE, start_index: int = 0
+) -> Batches:
     """The training batches of a config.
 
     Stage 1: {"picture": uint8 [B H W 3]}. Stage 2: {"mean", "std": [B h w C] unscaled, "tokens": [B L D], "token_mask":
-    [B L], "pooled": [B P]}, float32; caption dropout is applied. B counts this process's rows; the rows of all
-    processes, one after the other, are the global batch. All pictures of a global batch have one bucket's shape.
+    [B L], "pooled": [B P]}, float32; caption dropout is applied. B counts this process's rows. All pictures of a global
+    batch have one bucket's shape.
 
     Args:
-      process_index, process_count: which share of the rows this process loads.
+      process_index: which row of `blocks` this process reads.
+      blocks: [processes, n]: a global batch is `blocks.size` equal blocks of rows, and each process reads those of its
+        row, ascending (`parallel.mesh.process_share`).
       start_index: a state's number: pictures of the global stream to pass over.
 
     Raises:
       UserError: nothing to read from; latents of another resolution; a batch that does not divide; too few pictures.
     """
-    _check_batch(config, process_count)
+    _check_batch(config, blocks)
     if config.stage == 1:
         dataset = _open_dataset(config)
         training = np.setdiff1d(np.arange(len(dataset)), held_out_numbers(dataset.sha256, config.data.held_out))
@@ -207,6 +228,7 @@ def make_batches(config: Config, *, process_index: int, process_count: int, star
         stream = Order(bucket_of, config.data.batch_size, config.seed)
         example = Pictures(dataset, config, stream, bucket_of, table)
         shapes = [table[bucket] for bucket in np.unique(bucket_of[training])]
+        identity = hashlib.sha256("".join(map(str, dataset.sha256)).encode()).hexdigest()
     else:
         latents = _open_latents(config)
         found, bucket_of = np.unique(latents.sizes, axis=0, return_inverse=True)
@@ -214,7 +236,8 @@ def make_batches(config: Config, *, process_index: int, process_count: int, star
         stream = Order(bucket_of, config.data.batch_size, config.seed)
         example = Encoded(latents, config, stream)
         shapes = [tuple(map(int, found[bucket])) for bucket in np.unique(bucket_of[bucket_of >= 0])]
-    batches = Batches(example, stream, shapes, config, process_index, process_count)
+        identity = latents.metadata["content"]
+    batches = Batches(example, stream, shapes, config, identity, process_index, blocks)
     batches.restore({STATE: start_index})
     return batches
 

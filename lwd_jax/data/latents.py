@@ -40,11 +40,13 @@ class Encoder:
       fingerprint: of its weights.
       config: its configuration as a JSON object, with scaling, shift and latent_channels.
       encode: [B H W 3] uint8 -> (mean, std), float32 [B h w C], unscaled.
+      dtype: of its arithmetic; latents made in another one are other latents.
     """
 
     fingerprint: str
     config: dict
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def _key(*parts) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def picture_key(sha256: str, size: tuple[int, int], fingerprint: str, storage: str) -> str:
-    """The key of a picture's latent: its content, its bucket, and the autoencoder."""
-    return _key("picture", FORMAT, sha256, size, fingerprint, storage)
+def picture_key(sha256: str, size: tuple[int, int], fingerprint: str, storage: str, dtype: str) -> str:
+    """The key of a picture's latent: its content, its bucket, the autoencoder and its arithmetic."""
+    return _key("picture", FORMAT, sha256, size, fingerprint, storage, dtype)
 
 
 def text_key(caption: str, fingerprint: str, storage: str) -> str:
@@ -94,8 +96,8 @@ def text_key(caption: str, fingerprint: str, storage: str) -> str:
 
 
 def _packed(name: str, values: np.ndarray, storage: str) -> np.ndarray:
-    limit = float(np.finfo(np.float16).max) if storage == "float16" else np.inf
-    if not np.all(np.abs(values) <= limit):  # NaN fails too
+    limit = float(np.finfo(np.float16 if storage == "float16" else np.float32).max)
+    if not np.all(np.abs(values) <= limit):  # infinity and NaN fail too
         largest = float(np.max(np.abs(values)))
         raise UserError(
             f"The {name} reaches {largest:g}, which {storage} cannot hold; use --storage float32, or mend the model."
@@ -119,7 +121,8 @@ def _encode_texts(store: Store, captions: list[str], text: TextEncoder, storage:
 
 def _encode_pictures(store: Store, dataset: Dataset, sizes: list, encoder: Encoder, plan: Plan, on_progress):
     """Encodes what is missing, one bucket after the other; returns the rejects."""
-    keys = [picture_key(dataset.sha256[i], size, encoder.fingerprint, plan.storage) for i, size in enumerate(sizes)]
+    made_by = (encoder.fingerprint, plan.storage, encoder.dtype)
+    keys = [picture_key(dataset.sha256[i], size, *made_by) for i, size in enumerate(sizes)]
     todo = defaultdict(list)
     for number, key in enumerate(keys):
         if key not in store.keys:
@@ -186,10 +189,13 @@ def encode_dataset(
         name, reason = rejects[0]
         raise UserError(f"None of the {len(dataset)} pictures can be read; the first, {name}: {reason}.")
 
-    def places(texts) -> np.ndarray:
-        found = [text_store.keys[text_key(caption, text.fingerprint, plan.storage)] for caption in texts]
-        return np.array(found, np.int64)
+    def keys_of(texts) -> list[str]:
+        return [text_key(caption, text.fingerprint, plan.storage) for caption in texts]
 
+    def places(texts) -> np.ndarray:
+        return np.array([text_store.keys[key] for key in keys_of(texts)], np.int64)
+
+    content = _key(*((keys[number], *keys_of(captions[number])) for number in live), *keys_of([""]))
     index = {
         "latents": np.array([store.keys[keys[number]] for number in live], np.int64),
         "sizes": np.array([sizes[number] for number in live], np.int64),
@@ -198,7 +204,7 @@ def encode_dataset(
         "texts": places(caption for number in live for caption in captions[number]),
         "null_text": places([""])[0],
     }
-    _finish(out, index, _describe(encoder, text, plan, index, rejects))
+    _finish(out, index, _describe(encoder, text, plan, index, rejects) | {"content": content})
     store.prune(index["latents"][:, 0])
     text_store.prune([*index["texts"][:, 0], index["null_text"][0]])
     return Outcome(made, len(live) - made, texts_made, texts_kept, rejects)
@@ -227,6 +233,7 @@ def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, reje
         "buckets": plan.keep_aspect,
         "storage": plan.storage,
         "autoencoder_fingerprint": encoder.fingerprint,
+        "dtype": encoder.dtype,
         "autoencoder": encoder.config,
         "text": text.describe(),
         "records": len(index["sizes"]),
@@ -257,7 +264,8 @@ class Latents:
 
     Attributes:
       metadata: what metadata.json says: autoencoder_fingerprint, autoencoder (its config), text (kind, fingerprint,
-        length, width, pooled, settings), resolution, buckets, storage, records, shapes, rejects.
+        length, width, pooled, settings), resolution, buckets, storage, dtype, records, shapes, rejects, content (a
+        digest of every record's latent and text states, wherever they are stored).
       sizes: [N 2] (height, width) of each record's bucket, px.
       sha256: [N] hashes of the pictures.
     """

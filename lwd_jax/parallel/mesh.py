@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -65,8 +66,23 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def part_of_process(processes: np.ndarray, process: int) -> tuple[int, int]:
-    """(index, count): the part of every global batch that one process reads.
+class Share(NamedTuple):
+    """What each process reads of every global batch.
+
+    A batch is split into as many blocks of rows as the mesh has places along data and fsdp; on a TPU slice the blocks
+    of one host need not be neighbours.
+
+    Attributes:
+      index: which part this process reads.
+      blocks: [parts, blocks per part]: the numbers of each part's blocks, ascending.
+    """
+
+    index: int
+    blocks: np.ndarray
+
+
+def share_of_process(processes: np.ndarray, process: int) -> Share:
+    """The part of one process.
 
     Processes that share a row of the mesh along `context` or `tensor` hold the same pictures and read the same part.
 
@@ -78,16 +94,14 @@ def part_of_process(processes: np.ndarray, process: int) -> tuple[int, int]:
       UserError: the pictures of the processes overlap without being the same.
     """
     rows = processes.reshape(processes.shape[0] * processes.shape[1], -1)
-    held = {int(p): tuple(np.flatnonzero((rows == p).any(axis=1))) for p in np.unique(rows)}
+    held = {int(p): tuple(map(int, np.flatnonzero((rows == p).any(axis=1)))) for p in np.unique(rows)}
     parts = sorted(set(held.values()))
     if sorted(row for part in parts for row in part) != list(range(len(rows))) or len(set(map(len, parts))) != 1:
         raise UserError("The mesh makes processes share some pictures only; put fewer devices on context or tensor.")
-    if [row for part in parts for row in part] != list(range(len(rows))):
-        raise UserError("The mesh interleaves the pictures of the processes; put the processes on one of its axes.")
-    return parts.index(held[process]), len(parts)
+    return Share(parts.index(held[process]), np.array(parts))
 
 
-def process_part(mesh: Mesh) -> tuple[int, int]:
-    """`part_of_process` for this process."""
+def process_share(mesh: Mesh) -> Share:
+    """`share_of_process` for this process."""
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    return part_of_process(processes, jax.process_index())
+    return share_of_process(processes, jax.process_index())

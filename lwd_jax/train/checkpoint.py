@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -94,6 +95,15 @@ def damage(step: Path) -> str:
         if found[name] != expected.get(name):
             return f"{name} does not have the checksum it was saved with"
     return ""
+
+
+def _judged(step: Path) -> str:
+    """`damage`, as process 0 finds it: one reading of the files, and one verdict for all hosts."""
+    if jax.process_count() == 1:
+        return damage(step)
+    wrong = damage(step) if jax.process_index() == 0 else ""
+    found = multihost_utils.broadcast_one_to_all(np.asarray(bool(wrong)))
+    return wrong or ("process 0 found it so" if found else "")
 
 
 # ------------------------------------------------------------------------------------------------------ config
@@ -183,9 +193,17 @@ class Checkpoints:
         self._unsealed = step
 
     def seal(self, wait: bool = False) -> None:
-        """Writes the manifest of a committed save, in a thread; called once a step. `wait`: until it is written."""
+        """Writes the manifest of a committed save, in a thread; called once a step. `wait`: until it is written.
+
+        Raises:
+          UserError: waited, and the save failed.
+        """
         if wait:
-            self._manager.wait_until_finished()
+            try:
+                self._manager.wait_until_finished()
+            except (OSError, ValueError) as error:
+                step, self._unsealed = self._unsealed, None
+                raise UserError(f"The checkpoint of step {step} could not be written to {self.folder}: {error}") from error
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
             if jax.process_index() == 0:
                 self._sealing = threading.Thread(target=write_manifest, args=(self.folder / str(self._unsealed),))
@@ -201,10 +219,7 @@ class Checkpoints:
         Raises:
           UserError: it is not (the disk is full, say; Orbax does not always raise).
         """
-        try:
-            self.seal(wait=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"The checkpoint of step {step} could not be written to {self.folder}: {error}") from error
+        self.seal(wait=True)
         if self._manager.latest_step() != step or not (self.folder / str(step)).is_dir():
             raise UserError(f"The checkpoint of step {step} is not in {self.folder}; is the disk full?")
 
@@ -217,23 +232,20 @@ class Checkpoints:
         """Whether a multi-host job has been told to stop (all hosts agree on the step)."""
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
-    def restore(self, abstract: State, config: configs.Config) -> Restored | None:
-        """The newest sound step, on the mesh and with the layouts of `abstract`; None in a new workdir.
+    def restore(self, abstract: State, config: configs.Config) -> Restored:
+        """The newest sound step, on the mesh and with the layouts of `abstract`.
 
         A damaged step is named in a warning and put aside into `damaged/`, and the one before it is used.
 
         Raises:
-          UserError: another run's config, a model of other shapes or dtypes, or no sound step among those there.
+          UserError: another run's config, a model of other shapes or dtypes, or no sound step.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            wrong = damage(self.folder / str(step))
+        for step in reversed(self.steps()):
+            wrong = _judged(self.folder / str(step))
             if not wrong:
                 return self._restore(step, abstract, config)
             self._put_aside(step, wrong)
-        if steps:
-            raise UserError(f"Every checkpoint of {self.folder.parent} is damaged; they are in {DAMAGED}/.")
-        return None
+        raise UserError(f"{self.folder.parent} has no sound checkpoint; damaged ones are in {DAMAGED}/.")
 
     def _put_aside(self, step: int, wrong: str) -> None:
         log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, self.folder.parent, wrong)
@@ -270,6 +282,11 @@ def _handlers() -> dict:
 
 def _rest(state: State) -> dict:
     return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "streak": state.streak}
+
+
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The steps that a workdir holds whole checkpoints of, in order; [] of a folder that is not there."""
+    return sorted(int(path.name) for path in (Path(workdir) / FOLDER).glob("*") if path.name.isdigit())
 
 
 def is_workdir(path: str | Path) -> bool:

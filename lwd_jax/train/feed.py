@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lwd_jax.parallel.mesh import process_part
+from lwd_jax.parallel.mesh import process_share
 from lwd_jax.parallel.rules import batch_shardings
 
 _AHEAD = 2  # batches
@@ -28,25 +28,31 @@ class Feed:
     The position that is saved is that of the batches *used*, not of those read ahead.
 
     Args:
-      batches: an iterator of dicts of numpy arrays (this process's part of each batch) with `.state()` and `.close()`.
+      batches: an iterator of dicts of numpy arrays (this process's part of each batch) with `.state()`, `.close()`
+        and `.replaced`.
       mesh: where they go.
 
     Attributes:
       waited: seconds that `next` has waited for data.
+      replaced: how many pictures this process could not read and replaced.
     """
 
     def __init__(self, batches: Any, mesh: Mesh):
         self._batches, self._mesh = batches, mesh
-        self._count = process_part(mesh)[1]
+        self._parts = len(process_share(mesh).blocks)
         self._queue: queue.Queue = queue.Queue(_AHEAD)
         self._ended = threading.Event()
         self.waited = 0.0
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
+    @property
+    def replaced(self) -> int:
+        return self._batches.replaced
+
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         shapes = {
-            name: jax.ShapeDtypeStruct((array.shape[0] * self._count, *array.shape[1:]), array.dtype)
+            name: jax.ShapeDtypeStruct((array.shape[0] * self._parts, *array.shape[1:]), array.dtype)
             for name, array in batch.items()
         }
         shardings = batch_shardings(shapes, self._mesh)

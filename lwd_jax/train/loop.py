@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.rules import replicated
-from lwd_jax.train.checkpoint import Checkpoints
+from lwd_jax.train.checkpoint import Checkpoints, saved_steps
 from lwd_jax.train.feed import Feed
 from lwd_jax.train.metrics import Window, Writer
 from lwd_jax.train.models import MODEL_FILE
@@ -57,16 +57,22 @@ class _Reporter:
     """Takes the metrics of a step when the next one is on its way, so that the devices never wait for the host."""
 
     def __init__(self, config: Config, writer: Writer, feed: Feed, progress: Progress):
-        self._progress = progress
-        self._limit, self._pictures = config.training.nonfinite_limit, config.data.batch_size
+        self._progress, self._training = progress, config.training
+        self._pictures = config.data.batch_size
         self._writer, self._feed = writer, feed
         self._window, self._pending, self._waited = Window(), None, 0.0
-        self.loss = float("nan")
+        self._loss, self._speed, self._wait_share = float("nan"), 0.0, 0.0
 
     def took(self, step: int, metrics: dict) -> None:
-        """Step `step` was started; looks at the one before."""
+        """Step `step` was started; looks at the one before, and writes its line where one is due."""
+        before = self._pending
         self._look()
+        if before is not None and before[0] % self._training.log_every == 0:
+            self._write(before[0], {})
         self._pending = (step, metrics)
+        self._progress.update(
+            self._progress.task_ids[0], completed=step, loss=self._loss, speed=self._speed, wait=self._wait_share
+        )
 
     def _look(self) -> None:
         if self._pending is None:
@@ -75,39 +81,48 @@ class _Reporter:
         self._pending = None
         metrics = jax.device_get(metrics)
         self._window.add(metrics, self._pictures)
-        self.loss = float(metrics["loss"])
-        if metrics["streak"] >= self._limit:
+        self._loss = float(metrics["loss"])
+        if metrics["streak"] >= self._training.nonfinite_limit:
             bad = [name for name in ("loss", "grad_norm") if not abs(float(metrics[name])) < float("inf")]
             raise UserError(
                 f"{' and '.join(bad)} not finite for {int(metrics['streak'])} steps in a row, up to step {step}; the "
                 "state is as it was before them. Lower optimizer.learning_rate, or look at the data."
             )
 
-    def flush(self, step: int, extra: dict, away: float = 0.0) -> None:
-        """Writes the window that ends with `step`; `away` seconds of it were not training."""
+    def flush(self, step: int, extra: dict) -> None:
+        """Waits for `step` and writes the window that ends with it."""
         self._look()
-        self._window.restart_clock(away)
+        self._write(step, extra)
+
+    def away(self, seconds: float) -> None:
+        """So many seconds were not training, but previews or saving."""
+        self._window.restart_clock(seconds)
+
+    def _write(self, step: int, extra: dict) -> None:
         waited, self._waited = self._feed.waited - self._waited, self._feed.waited
         line = self._window.line(waited)
-        self._writer.write(step, line | extra)
+        self._speed, self._wait_share = line["pictures_per_second"], line["data_wait_share"]
+        self._writer.write(step, line | {"replaced_pictures": self._feed.replaced} | extra)
         if not self._progress.console.is_terminal and jax.process_index() == 0:  # a log file sees no bar
-            speed, left = line["pictures_per_second"], self._progress.tasks[0].time_remaining
-            print(f"step {step} loss {self.loss:.4f} pictures/s {speed:.2f} ETA {left or 0:.0f} s", flush=True)
+            left = self._progress.tasks[0].time_remaining
+            print(
+                f"step {step} loss {self._loss:.4f} pictures/s {self._speed:.2f} waiting for data "
+                f"{self._wait_share:.0%} ETA {left or 0:.0f} s",
+                flush=True,
+            )
 
 
-def _begin(program: Program, checkpoints: Checkpoints, config: Config, params: Callable[[], Any] | None):
-    """(state, data position): of the newest checkpoint, or of the beginning."""
-    restored = checkpoints.restore(program.state, config)
-    if restored is not None:
-        return restored.state, restored.data
+def _first_state(program: Program, config: Config, params: Callable[[], Any] | None) -> State:
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
-    return program.init(key, params() if params is not None else None), None
+    return program.init(key, params() if params is not None else None)
 
 
 def _progress() -> Progress:
     return Progress(
         TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("ETA"), TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.2f} pictures/s"),
+        TextColumn("waiting for data {task.fields[wait]:.0%}"),
         transient=True, disable=jax.process_index() != 0,
     )  # fmt: skip
 
@@ -174,11 +189,14 @@ def run(
         workdir = Path(workdir)
         profiler = _Profiler(config, workdir)
         closing.callback(profiler.close)
-        workdir.mkdir(parents=True, exist_ok=True)
         training, total = config.training, config.training.steps
+        # Weights that do not fit are a mistake to be told of before anything is written.
+        state, position = None if saved_steps(workdir) else _first_state(program, config, params), None
+        workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, training.keep)
         closing.callback(checkpoints.close)
-        state, position = _begin(program, checkpoints, config, params)
+        if state is None:
+            state, position = checkpoints.restore(program.state, config)
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(to_json(config) + "\n")
             (workdir / MODEL_FILE).write_text(description)
@@ -192,7 +210,8 @@ def run(
         writer = Writer(workdir, first)
         closing.callback(writer.close)
         progress = closing.enter_context(_progress())
-        bar = progress.add_task(config.name or "training", total=total, completed=first, loss=float("nan"))
+        name = config.name or "training"
+        progress.add_task(name, total=total, completed=first, loss=float("nan"), speed=0.0, wait=0.0)
         reporter = _Reporter(config, writer, feed, progress)
         previewing = previews is not None and training.preview_every > 0
         if first == 0 and previewing:
@@ -205,20 +224,24 @@ def run(
             batch, position = next(feed)
             state, metrics = program.step(state, batch, key)
             reporter.took(step, metrics)
-            progress.update(bar, completed=step, loss=reporter.loss)
-            ending = step == total or bool(stop.signal) or checkpoints.preempted(step)
+            if checkpoints.preempted(step):
+                stop.signal = signal.SIGTERM
+            ending = step == total or bool(stop.signal)
 
             # Look
-            seen, away = {}, 0.0
+            seen = {}
             if previewing and (step % training.preview_every == 0 or step == total):
-                seen, away = _previewed(previews, step, state)
+                seen, seconds = _previewed(previews, step, state)
+                reporter.away(seconds)
             saving = step % training.save_every == 0 or ending
-            if seen or saving or step % training.log_every == 0:
-                reporter.flush(step, seen, away)
+            if seen or saving:
+                reporter.flush(step, seen)
 
             # Save
             if saving:
+                start = time.perf_counter()
                 checkpoints.save(state, position, config)
+                reporter.away(time.perf_counter() - start)
             checkpoints.seal()
             if ending:
                 break

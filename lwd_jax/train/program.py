@@ -68,6 +68,10 @@ class Step:
         """As of a jitted function; abstract arguments will do."""
         return self._jitted.lower(self._loss, state, batch, key)
 
+    def compile(self, state: State, batch: Any, key: jax.Array) -> Callable:
+        """The step compiled for these arguments: (State, batch, key) -> (State, metrics)."""
+        return functools.partial(self.lower(state, batch, key).compile(), self._placed)
+
 
 class Program(NamedTuple):
     """One stage on one mesh.

@@ -1,18 +1,23 @@
 """From a config to everything the loop takes: models opened and checked against the data, stage, program, batches."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lwd_jax.autoencoders.kl import scale
+from lwd_jax.autoencoders.kl import Posterior, scale
 from lwd_jax.config import Config
 from lwd_jax.data.batches import Batches, make_batches
 from lwd_jax.data.latents import Latents, check_autoencoder, check_text, open_latents
 from lwd_jax.errors import UserError
 from lwd_jax.objective.lpips import load_lpips
-from lwd_jax.parallel.mesh import make_mesh, process_part
+from lwd_jax.objective.matching import draw_times, matching_loss
+from lwd_jax.objective.reconstruction import reconstruction_loss
+from lwd_jax.parallel.mesh import make_mesh, process_share
 from lwd_jax.parallel.rules import param_shardings
 from lwd_jax.train.models import TRAINED, Opened, describe, open_autoencoder, open_trained
 from lwd_jax.train.program import Program, Stage, autoencoder_stage, backbone_stage, build_program
@@ -79,6 +84,42 @@ def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
     return latents, (autoencoder.module, params)
 
 
+def check_objective(config: Config, latent_channels: int, factor: int, shapes: list[tuple[int, int]]) -> None:
+    """Evaluates the objective by shape, with the simplest of models, on every shape that batches come in: so that a
+    setting that it refuses is told before weights are read, and not when the first batch of that shape comes.
+
+    Args:
+      config: of the run.
+      latent_channels, factor: of the autoencoder.
+      shapes: (height, width) of the pictures, px.
+
+    Raises:
+      UserError: an unknown mask, saliency, wavelet, time sampler or weighting, or one of its parameters out of range; a
+        scale that does not divide a latent.
+    """
+
+    def encode(x):
+        z = jnp.zeros((1, x.shape[1] // factor, x.shape[2] // factor, latent_channels))
+        return Posterior(z, z)
+
+    def stage1(x, key):
+        def decode(z):
+            return jnp.zeros((1, z.shape[1] * factor, z.shape[2] * factor, 3))
+
+        rule = dataclasses.replace(config.reconstruction, lpips=0.0)
+        return reconstruction_loss(encode, decode, x, key, rule, None)
+
+    def stage2(x, key):
+        z = encode(x).mean
+        t = draw_times(key, 1, config.matching, z.shape[1] * z.shape[2])
+        return matching_loss(lambda z_t, t, cond: z_t, z, None, t, z, config.matching)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for height, width in shapes:
+        picture = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        jax.eval_shape({1: stage1, 2: stage2}[config.stage], picture, key)
+
+
 def make_setup(config: Config, devices=None) -> Setup:
     """Opens and checks everything a run needs, before anything is written.
 
@@ -98,7 +139,9 @@ def make_setup(config: Config, devices=None) -> Setup:
     params = None
     if opened.params is not None:
         params = functools.partial(opened.params, functools.partial(param_shardings, mesh=mesh))
-    index, count = process_part(mesh)
-    batches = make_batches(config, process_index=index, process_count=count)
+    share = process_share(mesh)
+    batches = make_batches(config, process_index=share.index, blocks=share.blocks)
+    latent = opened.module.config if config.stage == 1 else sizes
+    check_objective(config, latent.latent_channels, latent.factor, batches.shapes)
     description = describe(TRAINED[config.stage], opened, extra)
     return Setup(mesh, program, opened, autoencoder, params, batches, description)

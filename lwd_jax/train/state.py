@@ -59,9 +59,13 @@ def float32(tree: Any) -> Any:
 
 
 def new_state(params: Any, trained: frozenset[str], optimizer: optax.GradientTransformation, average: bool) -> State:
-    """The state before the first step."""
-    trainable = float32(split(params, trained)[0])
+    """The state before the first step. What trains is float32, whatever the dtype of what is frozen: bfloat16 weights
+    do not move at the learning rates in use.
+    """
+    trainable, frozen = split(params, trained)
+    trainable = float32(trainable)
     zero = jnp.zeros((), jnp.int32)
+    params = merge(frozen, trainable)
     return State(zero, params, optimizer.init(trainable), trainable if average else {}, zero, zero)
 
 

@@ -107,11 +107,9 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
-        master = float32(trainable)
-        updates, opt_state = optimizer.update(clip(gradients, norm, config.optimizer.clip), state.opt_state, master)
-        master = optax.apply_updates(master, updates)
-        ema = _average(config, state.ema, master, opt_state) if keeps_average(config) else {}
-        moved = jax.tree.map(lambda new, old: new.astype(old.dtype), master, trainable)
+        updates, opt_state = optimizer.update(clip(gradients, norm, config.optimizer.clip), state.opt_state, trainable)
+        moved = optax.apply_updates(trainable, updates)
+        ema = _average(config, state.ema, moved, opt_state) if keeps_average(config) else {}
 
         kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

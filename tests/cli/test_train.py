@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from tiny_models import KL, TEXT, autoencoder, backbone
 
 from lwd_jax.autoencoders import save_autoencoder
@@ -66,6 +68,11 @@ def root(tmp_path_factory):
     save_autoencoder(root / "vae", *autoencoder(0))
     save_autoencoder(root / "other", *autoencoder(1))
     save_backbone(root / "transformer", *backbone(0))
+    shutil.copytree(root / "vae", root / "torn")
+    file = next((root / "torn").glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors, file)
     plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
     encoder = make_encoder(*autoencoder(0), 4)
     encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None, **TEXT), plan, quiet)
@@ -132,7 +139,7 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(root, tmp_path):
     (step, arrays, position), (other_step, others, other_position) = newest(whole), newest(killed)
     assert step == other_step == 8
     jax.tree.map(np.testing.assert_array_equal, arrays, others)
-    assert position == other_position == {"global_next_index": 16}
+    assert position == other_position and position["global_next_index"] == 16
     assert timeless(whole) == timeless(killed) and [line["step"] for line in timeless(whole)] == list(range(1, 9))
 
 
@@ -156,6 +163,15 @@ def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, c
     lines = metrics.read(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2] and len(lines[0]["loss_by_time"]) == 5
     assert json.loads((tmp_path / "run" / "config.json").read_text())["models"]["autoencoder"] == f"{root}/vae"
+    # Gone on with, it is the run that was never stopped: caption dropout, order and averages included.
+    overrides = ("--config.training.steps=4", *overrides[1:])
+    for name in ("run", "whole"):
+        assert main(command(root, tmp_path / name, *overrides, stage=2)[3:]) == 0, capsys.readouterr().err
+    gone_on, whole = (read_params(tmp_path / name)[0] for name in ("run", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, gone_on, whole)
+    assert [line["loss"] for line in metrics.read(tmp_path / "run")] == [
+        line["loss"] for line in metrics.read(tmp_path / "whole")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +188,12 @@ def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, c
         (1, ("--config.optimizer.learning_rat=1",), "Did you mean 'learning_rate'"),
         (1, ("--config.models.autoencoder={root}/transformer",), "SD3Transformer2DModel, but AutoencoderKL"),
         (1, ("--config.data.dataset=''",), "lwd prepare"),
+        (1, ("--config.reconstruction.scales=(2,3)", "--config.reconstruction.alpha=0.1"), "does not divide by scale 3"),
+        (2, ("--config.matching.mask=tiem",), "no mask rule 'tiem'. Did you mean 'time'"),
+        (2, ("--config.matching.wavelet=haaar",), "wavelet"),
+        (2, ("--config.matching.time_sampler=mode", "--config.matching.mode_scale=3.0"), "mode_scale"),
+        (2, ("--config.matching.weighting=cosmop",), "Did you mean 'cosmap'"),
+        (1, ("--config.models.autoencoder={root}/torn",), "decoder.conv_in.bias"),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(root, tmp_path, capsys, stage, overrides, words):

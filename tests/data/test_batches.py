@@ -1,6 +1,7 @@
 """Laws of the batches: one stream for any workers, hosts and restarts; every picture seen; bad pictures replaced."""
 
 import dataclasses
+import json
 import hashlib
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from lwd_jax.config import Config, Data, Matching
 from lwd_jax.data import batches as module
-from lwd_jax.data.batches import STATE, held_out, held_out_captions, make_batches
+from lwd_jax.data.batches import IDENTITY, STATE, held_out, held_out_captions, make_batches
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
 from lwd_jax.data.latents import Encoder, Plan, encode_dataset
 from lwd_jax.data.text import hashed_words
@@ -51,6 +52,10 @@ def config_of(folder, stage, **data):
     )
 
 
+def blocks(hosts):
+    return np.arange(hosts)[:, None]
+
+
 def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
@@ -64,7 +69,7 @@ def same(one, two):
 
 
 def test_stage_1_batches(folder):
-    got = make_batches(config_of(folder, 1), process_index=0, process_count=1)
+    got = make_batches(config_of(folder, 1))
     found = take(got, 2 * got.batches_per_epoch)
     assert {batch["picture"].shape[1:3] for batch in found} == set(got.shapes)
     for batch in found:
@@ -72,13 +77,13 @@ def test_stage_1_batches(folder):
     levels = {int(level) for batch in found[: got.batches_per_epoch] for level in batch["picture"].max((1, 2, 3))}
     dataset = open_dataset(folder / "dataset")
     kept = {10 * i for i in np.argsort(dataset.sha256)[:-3]}
-    assert levels == kept and got.state() == {STATE: 8 * got.batches_per_epoch}
+    assert levels == kept and got.state()[STATE] == 8 * got.batches_per_epoch
     aside = {int(level) for level in held_out(config_of(folder, 1))["picture"].max((1, 2, 3))}
     assert aside == {10 * i for i in range(COUNT)} - kept
 
 
 def test_stage_2_batches(folder):
-    got = make_batches(config_of(folder, 2), process_index=0, process_count=1)
+    got = make_batches(config_of(folder, 2))
     text = hashed_words(None)
     seen, dropped, total = set(), 0, 0
     for batch in take(got, 12 * got.batches_per_epoch):
@@ -102,14 +107,14 @@ def test_stage_2_batches(folder):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_restored_anywhere_it_continues(folder, stage):
     config = config_of(folder, stage)
-    whole = make_batches(config, process_index=0, process_count=1)
+    whole = make_batches(config)
     all_batches, states = [], []
     for _ in range(13):
         states.append(whole.state())
         all_batches.append(next(whole))
     for at in (0, 1, 6, 11):
         same(
-            take(make_batches(config, process_index=0, process_count=1, start_index=states[at][STATE]), 2),
+            take(make_batches(config, start_index=states[at][STATE]), 2),
             all_batches[at : at + 2],
         )
     whole.restore(states[3])
@@ -120,34 +125,43 @@ def test_restored_anywhere_it_continues(folder, stage):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_concatenate_to_the_global_batch(folder, stage, hosts):
     config = config_of(folder, stage)
-    alone = take(make_batches(config, process_index=0, process_count=1), 6)
-    parts = [make_batches(config, process_index=i, process_count=hosts) for i in range(hosts)]
+    alone = take(make_batches(config), 6)
+    parts = [make_batches(config, process_index=i, blocks=blocks(hosts)) for i in range(hosts)]
     shares = [take(part, 6) for part in parts]
     same([{k: np.concatenate([s[b][k] for s in shares]) for k in alone[b]} for b in range(6)], alone)
     assert len({part.state()[STATE] for part in parts}) == 1
     # Four hosts stop, two go on.
-    resumed = [make_batches(config, process_index=i, process_count=2, start_index=16) for i in range(2)]
+    resumed = [make_batches(config, process_index=i, blocks=blocks(2), start_index=16) for i in range(2)]
     shares = [take(part, 2) for part in resumed]
     same([{k: np.concatenate([s[b][k] for s in shares]) for k in alone[b]} for b in range(2)], alone[4:])
 
 
+def test_hosts_whose_rows_are_not_neighbours(folder):
+    config = config_of(folder, 1)
+    alone = take(make_batches(config), 3)
+    interleaved = np.array([[0, 3], [1, 2]])  # as a ring through a slice of two hosts
+    for index, rows in enumerate(interleaved):
+        share = take(make_batches(config, process_index=index, blocks=interleaved), 3)
+        same(share, [{name: part[rows] for name, part in batch.items()} for batch in alone])
+
+
 def test_worker_processes_do_not_matter(folder):
-    alone = take(make_batches(config_of(folder, 1), process_index=0, process_count=1), 7)
+    alone = take(make_batches(config_of(folder, 1)), 7)
     config = config_of(folder, 1, workers=2)
-    pool = make_batches(config, process_index=0, process_count=1)
+    pool = make_batches(config)
     same(take(pool, 4), alone[:4])
     state = pool.state()
     pool.close()
     # Saved with two workers, continued with one.
     config = config_of(folder, 1, workers=1)
-    other = make_batches(config, process_index=0, process_count=1, start_index=state[STATE])
+    other = make_batches(config, start_index=state[STATE])
     same(take(other, 3), alone[4:])
     other.close()
 
 
 def test_a_bad_picture_is_replaced_and_counted(folder, monkeypatch):
     config = config_of(folder, 1, flip=False)
-    good = make_batches(config, process_index=0, process_count=1)
+    good = make_batches(config)
     expected = take(good, good.batches_per_epoch)
     dataset = open_dataset(folder / "dataset")
     bad = hashlib.sha256(dataset[int(np.argsort(dataset.sha256)[0])].picture).hexdigest()
@@ -160,7 +174,7 @@ def test_a_bad_picture_is_replaced_and_counted(folder, monkeypatch):
 
     monkeypatch.setattr(module, "decode", broken)
     level = 10 * int(np.argsort(dataset.sha256)[0])
-    got = make_batches(config, process_index=0, process_count=1)
+    got = make_batches(config)
     found = take(got, got.batches_per_epoch)
     changed = 0
     for a, b in zip(expected, found):
@@ -172,7 +186,7 @@ def test_a_bad_picture_is_replaced_and_counted(folder, monkeypatch):
 
 def test_squares_and_flips(folder):
     config = config_of(folder, 1, buckets=False)
-    got = make_batches(config, process_index=0, process_count=1)
+    got = make_batches(config)
     assert got.shapes == [(64, 64)] and next(got)["picture"].shape == (4, 64, 64, 3)
     assert got.batches_per_epoch == -(-(COUNT - 3) // 4)
 
@@ -184,11 +198,11 @@ def test_flips_are_half_of_all(tmp_path):
         Image.fromarray(ramp + 100 * i).save(tmp_path / "images" / f"{i}.png")
     write_dataset(tmp_path / "dataset", tmp_path / "images", find_pictures(tmp_path / "images"), [(), ()], quiet)
     config = config_of(tmp_path, 1, held_out=0, batch_size=50)
-    pictures = np.concatenate([b["picture"] for b in take(make_batches(config, process_index=0, process_count=1), 8)])
+    pictures = np.concatenate([b["picture"] for b in take(make_batches(config), 8)])
     flipped = pictures[:, 0, 0, 0] > pictures[:, 0, -1, 0]
     assert abs(flipped.mean() - 0.5) < 0.1
     unflipped = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=False))
-    pictures = next(make_batches(unflipped, process_index=0, process_count=1))["picture"]
+    pictures = next(make_batches(unflipped))["picture"]
     assert (pictures[:, 0, 0, 0] < pictures[:, 0, -1, 0]).all()
 
 
@@ -209,19 +223,29 @@ def test_held_out(folder):
         (2, {"latents": ""}, "data.latents"),
         (1, {"dataset": "nowhere"}, "no dataset folder"),
         (2, {"latents": "nowhere"}, "no folder of latents"),
-        (1, {"batch_size": 3}, "does not divide among 2"),
+        (1, {"batch_size": 3}, "does not divide into 2 parts"),
         (1, {"held_out": COUNT}, "held_out"),
         (2, {"buckets": False}, "data.buckets"),
     ],
 )
 def test_mistakes(folder, stage, change, words):
     with pytest.raises(UserError, match=words):
-        make_batches(config_of(folder, stage, **change), process_index=0, process_count=2)
+        make_batches(config_of(folder, stage, **change), blocks=blocks(2))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_state_of_other_data_is_refused(folder, stage):
+    batches = make_batches(config_of(folder, stage))
+    state = batches.state()
+    batches.restore(state)
+    with pytest.raises(UserError, match="data"):
+        batches.restore(state | {IDENTITY: "of another folder"})
+    assert json.loads(json.dumps(state)) == state
 
 
 def test_latents_of_another_resolution(folder):
     config = dataclasses.replace(config_of(folder, 2), resolution=96)
     with pytest.raises(UserError, match="64 px.*96"):
-        make_batches(config, process_index=0, process_count=1)
+        make_batches(config)
     with pytest.raises(UserError, match="held_out is 0"):
         held_out(config_of(folder, 1, held_out=0))

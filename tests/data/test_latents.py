@@ -138,10 +138,10 @@ def test_a_changed_encoder_makes_everything_anew(root):
 
 
 def test_keys_notice_every_part():
-    base = picture_key("s", (64, 96), "f", "float16")
-    others = [("t", (64, 96), "f", "float16"), ("s", (96, 64), "f", "float16"), ("s", (64, 96), "g", "float16")]
-    others.append(("s", (64, 96), "f", "float32"))
-    assert len({base, *(picture_key(*parts) for parts in others)}) == 5
+    base = ("s", (64, 96), "f", "float16", "float32")
+    others = [("t", (96, 64), "g", "float32", "bfloat16")[i] for i in range(5)]
+    changed = [(*base[:i], other, *base[i + 1 :]) for i, other in enumerate(others)]
+    assert len({picture_key(*parts) for parts in (base, *changed)}) == 6
     assert (
         len({text_key(*parts) for parts in [("c", "f", "s"), ("d", "f", "s"), ("c", "g", "s"), ("c", "f", "t")]}) == 4
     )

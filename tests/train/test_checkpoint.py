@@ -15,7 +15,7 @@ from lwd_jax import config as configs
 from lwd_jax.config import to_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
-from lwd_jax.train.checkpoint import DAMAGED, MANIFEST, Checkpoints, damage, read_params
+from lwd_jax.train.checkpoint import DAMAGED, MANIFEST, Checkpoints, damage, read_params, saved_steps
 from lwd_jax.train.program import build_program
 from lwd_jax.train.state import eval_params
 
@@ -91,7 +91,10 @@ def test_another_mesh_restores_the_same_numbers(saved, fsdp):
 
 
 def test_a_new_workdir_has_nothing(tmp_path):
-    assert restore(tmp_path) is None
+    assert saved_steps(tmp_path / "nowhere") == []
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        restore(tmp_path)
+    assert saved_steps(tmp_path) == []
 
 
 def data_files(step):
@@ -138,7 +141,7 @@ def test_only_damaged_steps_is_a_clear_mistake(saved):
         max(data_files(workdir / "checkpoints" / step), key=lambda path: path.stat().st_size).unlink()
     with pytest.raises(UserError, match="no sound checkpoint"):
         read_params(workdir)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="no sound checkpoint"):
         restore(workdir)
 
 

@@ -145,12 +145,11 @@ class SignalledBatches(ToyBatches):
 
 def test_sigterm_saves_and_the_same_command_resumes(whole, tmp_path):
     outcome = train(tmp_path, with_training(steps=100_000, save_every=100_000), SignalledBatches)
-    assert outcome.signal == signal.SIGTERM and 1 <= outcome.step < 100_000
+    assert outcome.signal == signal.SIGTERM and 1 <= outcome.step < 6
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert state_of(tmp_path)[1] == {"index": outcome.step}
-    if outcome.step < 6:
-        train(tmp_path)
-        jax.tree.map(np.testing.assert_array_equal, state_of(whole)[0], state_of(tmp_path)[0])
+    train(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state_of(whole)[0], state_of(tmp_path)[0])
 
 
 def test_a_reader_that_fails_ends_the_run_with_its_own_error(tmp_path):

@@ -73,6 +73,8 @@ def toy_batch(index: int, batch: int = 8) -> dict[str, np.ndarray]:
 class ToyBatches:
     """An endless iterator whose position is one number."""
 
+    replaced = 0
+
     def __init__(self, make=toy_batch):
         self.index, self._make = 0, make
 
