@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -303,7 +304,7 @@ def attempt(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Findi
         yield from check()
     except UserError as mistake:
         yield Finding(what, FAIL, str(mistake), "mend what is named here")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         yield Finding(what, FAIL, f"cannot be read: {type(error).__name__}: {error}", "make it again")
 
 

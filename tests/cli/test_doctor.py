@@ -1,6 +1,8 @@
 """`lwd doctor`: each check says ok where things are in order, fails where they are not, and the exit status tells."""
 
+import json
 import math
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -8,11 +10,18 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import write_workdir
+from tiny_models import TEXT, autoencoder, backbone, write_workdir
 
+from lwd_jax.autoencoders import save_autoencoder
+from lwd_jax.backbones import save_backbone
 from lwd_jax.cli import doctor, main
 from lwd_jax.config import load_config
-from lwd_jax.data.dataset import find_pictures, write_dataset
+from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
+from lwd_jax.data.latents import Encoder, Plan, encode_dataset
+from lwd_jax.data.records import float_array, write_records
+from lwd_jax.data.store import KEYS
+from lwd_jax.data.text import hashed_words
+from lwd_jax.weights.folder import fingerprint
 
 
 def args(**given):
@@ -99,6 +108,88 @@ def test_device_memory_is_compared_with_the_state(monkeypatch):
     for memory, verdict in ((each * 4, "ok"), (each * 1.4, "warn"), (each, "fail")):
         monkeypatch.setattr(doctor, "device_bytes", lambda: math.ceil(memory))
         assert verdicts(list(doctor.check_config(config)), "state") == [verdict]
+
+
+def encoded(pictures):
+    """Values in place of an autoencoder's: what is looked at here is whose they are."""
+    values = np.random.default_rng(0).standard_normal((len(pictures), 8, 8, 4)).astype(np.float32)
+    return values, np.ones_like(values)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, dataset):
+    """Latents and hashed words as `lwd encode` keeps them, and the models they belong to."""
+    root = tmp_path_factory.mktemp("cache")
+    for name, seed in (("vae", 0), ("other", 1)):
+        save_autoencoder(root / name, *autoencoder(seed))
+    save_backbone(root / "transformer", *backbone(0))
+    plan = Plan(resolution=64, keep_aspect=False, smallest_bucket=1, storage="float32")
+    encoder = Encoder(fingerprint(autoencoder(0)[1]), {}, encoded)
+    text = hashed_words(None, **TEXT)
+    encode_dataset(open_dataset(dataset), root / "latents", encoder, text, plan, lambda *_: None)
+    return root
+
+
+def stage2(cache, resolution=64, **changes):
+    """The config of a run on the cache; changes are sections, of which {cache} is filled in."""
+    values = {
+        "models": {
+            "autoencoder": "{cache}/vae",
+            "autoencoder_variant": "",
+            "backbone": "{cache}/transformer",
+            "backbone_variant": "",
+        },
+        "data": {"latents": "{cache}/latents", "held_out": 1, "buckets": False},
+    }
+    sections = {
+        name: {
+            field: value.format(cache=cache) if isinstance(value, str) else value
+            for field, value in (section | changes.get(name, {})).items()
+        }
+        for name, section in values.items()
+    }
+    return load_config({"stage": 2, "resolution": resolution, **sections})
+
+
+def test_latents_that_fit_their_run(cache):
+    findings = list(doctor.check_latents(str(cache / "latents"), stage2(cache)))
+    assert [(finding.what, finding.verdict) for finding in findings] == [("latents", "ok"), ("fingerprint", "ok")]
+    assert "4 records at 64 px" in findings[0].found and "hashed_words" in findings[0].found
+
+
+@pytest.mark.parametrize(
+    "changes, what, words",
+    [
+        ({"resolution": 128}, "latents", "lwd encode again with --resolution 128 --no-buckets"),
+        ({"data": {"buckets": True}}, "latents", "lwd encode again with --resolution 64 --buckets"),
+        ({"data": {"held_out": 4}}, "latents", "keep some records for training"),
+        ({"models": {"backbone": "", "backbone_variant": "tiny"}}, "text states", "but the backbone reads 128 and 128"),
+        ({"models": {"autoencoder": "{cache}/other"}}, "fingerprint", "made by the autoencoder"),
+    ],
+)
+def test_latents_of_another_run_fail_by_name(cache, changes, what, words):
+    findings = list(doctor.check_latents(str(cache / "latents"), stage2(cache, **changes)))
+    (failed,) = (finding for finding in findings if finding.verdict == "fail")
+    assert failed.what == what and words in failed.found + failed.todo
+
+
+def test_latents_that_are_not_finite_or_not_whole_fail(cache, tmp_path, capsys):
+    copy = tmp_path / "latents"
+    shutil.copytree(cache / "latents", copy)
+    for part in (copy / "pictures").glob("part-*"):
+        keys = json.loads((part / KEYS).read_text())
+        shutil.rmtree(part)
+        part.mkdir()
+        row = dict.fromkeys(("mean", "std"), np.full((8, 8, 4), np.nan, np.float32))
+        write_records(part, "latents", dict.fromkeys(row, float_array(3, "float32")), [row] * len(keys))
+        (part / KEYS).write_text(json.dumps(keys))
+    (finding,) = doctor.check_latents(str(copy), None)
+    assert finding.verdict == "fail" and "encode them again" in finding.todo
+    index = copy / json.loads((copy / "metadata.json").read_text())["index"]
+    for damage in (lambda: index.write_bytes(index.read_bytes()[:100]), index.unlink, (copy / "metadata.json").unlink):
+        damage()
+        assert main(["doctor", "--latents", str(copy)]) == 1
+        assert "fail" in next(line for line in capsys.readouterr().out.splitlines() if "latents" in line)
 
 
 def test_damaged_checkpoints_are_told(tmp_path):
