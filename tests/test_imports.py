@@ -54,6 +54,12 @@ def test_objective_knows_no_model():
         assert not set(imported_rooms(path)) & {"nn", "weights"}, path
 
 
+def test_sampling_knows_no_training():
+    """Said outright, whatever the levels: the loop is handed what makes previews."""
+    for path in (ROOT / "sample").rglob("*.py"):
+        assert "train" not in set(imported_rooms(path)), path
+
+
 def test_files_stay_readable():
     long = {str(p): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) >= 500}
     assert not long, long

@@ -10,6 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import rounded, shapes, traced
+from sd3_twin import (
+    FAST,
+    PLAIN,
+    apart,
+    assert_gradients_equal,
+    foreign_call,
+    foreign_model,
+    foreign_output,
+    params_of,
+    tensors_of,
+)
 
 from lwd_jax.backbones import load_backbone, save_backbone, sd3
 from lwd_jax.errors import UserError
@@ -23,40 +35,12 @@ FULL_SIZE = {  # variant -> manifest, parameters (without the position table, wh
     "sd3.5-medium": ("sd35_medium", 2_243_171_520),
     "sd3.5-large": ("sd35_large", 8_056_627_520),
 }
-PLAIN = sd3.Config(
-    sample_size=32, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=3,
-    joint_attention_dim=40, pooled_projection_dim=24, pos_embed_max_size=10,
-)  # fmt: skip
 DUAL = "dual attention, landscape"
 CASES = {
     "plain": (PLAIN, (12, 12)),
     "qk norm, portrait": (dataclasses.replace(PLAIN, qk_norm=True), (20, 6)),
     DUAL: (dataclasses.replace(PLAIN, qk_norm=True, dual_layers=2), (6, 14)),
 }
-
-
-FAST = {"xla_backend_optimization_level": 0}  # halves the compile time; the numbers are the same to rounding
-
-
-def foreign_model(config):
-    """diffusers' model with every parameter moved away from its initial zeros and ones."""
-    torch = pytest.importorskip("torch")
-    from diffusers import SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(**sd3.to_foreign(config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def tensors_of(model) -> dict:
-    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-
-
-def params_of(config, model):
-    return read(sd3.weights(config), tensors_of(model), abstract_params(sd3.BACKBONE, config))
 
 
 def random_inputs(case, seed=1, batch=2, length=7):
@@ -89,24 +73,6 @@ def output(case, params, z_t, t, cond) -> np.ndarray:
     return np.asarray(out)
 
 
-def foreign_call(model, z_t, t, cond):
-    """The same arguments given to diffusers: (NCHW leaf tensor, NHWC output)."""
-    import torch
-
-    z = torch.from_numpy(z_t.transpose(0, 3, 1, 2).copy()).requires_grad_()
-    out = model(z, torch.from_numpy(cond.tokens), torch.from_numpy(cond.pooled), torch.from_numpy(1000 * t)).sample
-    return z, out.permute(0, 2, 3, 1)
-
-
-def foreign_output(model, z_t, t, cond) -> np.ndarray:
-    return foreign_call(model, z_t, t, cond)[1].detach().numpy()
-
-
-def apart(ours, theirs, floor=0.0) -> float:
-    """Relative error in the 2-norm; `floor` stands in for gradients that are 0 but for rounding."""
-    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradients_equal_diffusers(case):
     config = CASES[case][0]
@@ -120,12 +86,7 @@ def test_forward_and_gradients_equal_diffusers(case):
     assert out.dtype == jnp.float32 and out.shape == z_t.shape
     assert apart(np.asarray(out), expected.detach().numpy()) <= 1e-5
     assert apart(np.asarray(of_z), z.grad.permute(0, 2, 3, 1).numpy()) <= 1e-4
-    ours = dict(write(sd3.weights(config), of_params))
-    theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    typical = float(np.median([np.linalg.norm(gradient) for gradient in theirs.values()]))
-    worst = max((apart(ours[name], gradient, 1e-3 * typical), name) for name, gradient in theirs.items())
-    assert worst[0] <= 1e-4, worst
-    assert not np.any(of_params["position"]["table"]), "the position table is not trained"
+    assert_gradients_equal(config, of_params, model)
 
 
 def test_bfloat16_is_near_float32():
@@ -136,6 +97,26 @@ def test_bfloat16_is_near_float32():
     rounded = jax.jit(module.apply, compiler_options=FAST)({"params": params}, *random_inputs(DUAL))
     assert rounded.dtype == jnp.float32
     assert 0 < apart(np.asarray(rounded), exact) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_products_are_in_full_precision(dtype):
+    """By the traced program, forward and backward; in bfloat16 the embedders of time and pooled text are such."""
+    config, (params, arguments) = CASES[DUAL][0], (abstract_params(sd3.BACKBONE, CASES[DUAL][0]), random_inputs(DUAL))
+    module = sd3.SD3(config, dtype=dtype)
+    found = traced(jax.grad(lambda p: module.apply({"params": p}, *arguments).sum()), params)
+    assert not rounded(found)
+
+
+def test_the_last_blocks_text_asks_nothing():
+    """It has no way out, so only picture tokens attend there: the one place of fewer queries than keys."""
+    config = dataclasses.replace(PLAIN, num_layers=1)
+    z_t, t, cond = random_inputs("plain")
+    params = abstract_params(sd3.BACKBONE, config)
+    found = traced(lambda p: sd3.SD3(config).apply({"params": p}, z_t, t, cond), params)
+    picture, both = 36, 36 + cond.tokens.shape[1]
+    logits = {shape[-2:] for shape in shapes(found) if shape[-1:] == (both,)}
+    assert (picture, both) in logits and (both, both) not in logits
 
 
 def test_batch_members_do_not_see_each_other():
@@ -241,6 +222,13 @@ def test_folder_loads_in_diffusers(tmp_path):
     again, back = load_backbone(tmp_path / "transformer")
     assert again.config == config
     jax.tree.map(np.testing.assert_array_equal, params, back)
+
+
+def test_folders_in_shards(tmp_path):
+    params = params_of(PLAIN, foreign_model(PLAIN))
+    save_backbone(tmp_path / "transformer", sd3.SD3(PLAIN), params, max_shard_bytes=100_000)
+    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 1
+    jax.tree.map(np.testing.assert_array_equal, params, load_backbone(tmp_path / "transformer")[1])
 
 
 def test_diffusers_folder_loads_here(tmp_path):
