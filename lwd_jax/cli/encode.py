@@ -97,7 +97,7 @@ def make_encoder(module, params, batch_size: int) -> Encoder:
         return tuple(map(np.asarray, posterior(placed, jax.device_put(pictures, rows))))
 
     config = {**dataclasses.asdict(module.config), "scaling": module.config.scaling, "shift": module.config.shift}
-    return Encoder(fingerprint(params), config, encode)
+    return Encoder(fingerprint(params), config, encode, jnp.dtype(module.dtype).name)
 
 
 def _autoencoder_words(args) -> list[str]:
