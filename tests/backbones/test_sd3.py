@@ -27,7 +27,7 @@ from lwd_jax.backbones import load_backbone, save_backbone, sd3
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.weights.model import abstract_params, init_params
-from lwd_jax.weights.table import cover, flat, read, write
+from lwd_jax.weights.table import cover, flat, write
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 FULL_SIZE = {  # variant -> manifest, parameters (without the position table, which diffusers keeps as a buffer)
