@@ -3,8 +3,8 @@
     python benchmarks/encode_memory.py [--picture FILE] [--size 5312x2988] [--dtype bfloat16]
 
 Weights are random: memory and time do not depend on them. Without a picture, photographs from scikit-image are tiled to
-the size. Sides are cropped to multiples of 8. "Planned" is what the compiler asks for; "peak" is the most memory that the
-process ever held, Python and JAX included. The target is a peak below 16 GiB.
+the size. Sides are cropped to multiples of 8. "Planned" is what the compiler asks for; "peak" is the most memory that
+the process ever held, Python and JAX included. The target is a peak below 16 GiB.
 """
 
 import argparse

@@ -17,10 +17,10 @@ from lwd_jax.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Models:
-    """Where the models come from. A path is a diffusers folder or the workdir of an earlier run; "" = random weights."""
+    """Where the models come from: a diffusers folder, or the workdir of an earlier run; "" = random weights."""
 
     autoencoder: str = ""
-    autoencoder_variant: str = "sd3"  # a row of autoencoders.kl.VARIANTS; a folder must agree with it
+    autoencoder_variant: str = "sd3"  # a row of kl.VARIANTS; a folder must agree with it
     backbone: str = ""
     backbone_variant: str = "sd3-medium"  # a row of backbones.sd3.VARIANTS; a folder must agree with it
     ema: bool = True  # of a workdir, take the averaged weights
@@ -267,10 +267,10 @@ def load_config(values: Any) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The resolved config, every field written out; `load_json` reads it back."""
+    """The resolved config, every field written out; `from_json` takes it back."""
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def load_json(text: str) -> Config:
-    """Inverse of `to_json`."""
-    return _build(Config, json.loads(text), "")
+def from_json(values: Mapping[str, Any]) -> Config:
+    """The Config of what `to_json` wrote, once it is read."""
+    return _build(Config, values, "")

@@ -1,7 +1,9 @@
-"""The one exception that is the user's to mend."""
+"""The one exception that is the user's to mend, and what raises it everywhere: names and JSON files."""
 
 import difflib
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -22,3 +24,24 @@ def choose(table: dict, name: str, what: str):
     if name not in table:
         raise UserError(f"There is no {what} '{name}'.{did_you_mean(name, table)}")
     return table[name]
+
+
+def no_duplicates(pairs: list[tuple]) -> dict:
+    """For `json.loads(object_pairs_hook=...)`, which otherwise takes the last of two entries of one name."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"the name '{next(name for name in names if names.count(name) > 1)}' occurs more than once")
+    return result
+
+
+def read_json(path: Path):
+    """What a JSON file holds.
+
+    Raises:
+      UserError: it is not JSON, is cut off, or names something twice; with the file's name.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except ValueError as error:  # a UserError is one
+        raise UserError(f"{path} is not sound JSON: {error}.") from error

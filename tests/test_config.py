@@ -1,27 +1,28 @@
 """The door: what a config may say, and the one sentence it gets back when it is wrong."""
 
 import dataclasses
+import json
 
 import ml_collections
 import pytest
 
 from lwd_jax.cli import main
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.config import Config, load_config, load_json, to_json
+from lwd_jax.config import Config, from_json, load_config, to_json
 from lwd_jax.errors import UserError
 
 
 def test_defaults_resolve_and_round_trip():
     config = load_config({})
     assert config == Config()
-    assert load_json(to_json(config)) == config
+    assert from_json(json.loads(to_json(config))) == config
 
 
 def test_config_dict_and_nested_values():
     values = ml_collections.ConfigDict({"stage": 1, "reconstruction": {"scales": (2,), "alpha": 1}})
     config = load_config(values)
     assert config.reconstruction.scales == (2,) and config.reconstruction.alpha == 1.0
-    assert load_json(to_json(config)) == config
+    assert from_json(json.loads(to_json(config))) == config
 
 
 @pytest.mark.parametrize(

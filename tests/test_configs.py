@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.config import load_json, to_json
+from lwd_jax.config import from_json, to_json
 from lwd_jax.parallel.mesh import AXES, mesh_shape
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.program import build_program
@@ -72,7 +73,7 @@ def test_there_are_configs():
 def test_resolves(file):
     config = read_config(str(file), [])
     assert config.name == file.stem
-    assert load_json(to_json(config)) == config
+    assert from_json(json.loads(to_json(config))) == config
 
 
 @pytest.mark.parametrize("file", FULL_SIZE, ids=names(FULL_SIZE))

@@ -19,7 +19,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Rooms of one level that may also read each other, in this direction only.
 SIDEWAYS = {
-    ("config", "errors"), ("shapes", "errors"), ("report", "evaluate"), ("weights", "nn"), ("backbones", "autoencoders"),
+    ("config", "errors"), ("shapes", "errors"), ("report", "evaluate"),
 }
 
 

@@ -17,7 +17,9 @@ def test_right_shapes_pass():
     assert mean(z, t).shape == jax.jit(mean)(z, t=t).shape == (2, 3, 5, 1)
 
 
-@pytest.mark.parametrize("z, t, words", [((2, 3, 5), (2,), "should have axes"), ((2, 3, 5, 4), (3,), "axis B of 't' is 3, but 2")])
+@pytest.mark.parametrize(
+    "z, t, words", [((2, 3, 5), (2,), "should have axes"), ((2, 3, 5, 4), (3,), "axis B of 't' is 3, but 2")]
+)
 def test_wrong_shapes_are_named(z, t, words):
     with pytest.raises(ValueError, match=words):
         jax.jit(mean)(jnp.ones(z), jnp.ones(t))

@@ -2,14 +2,13 @@
 
 import ast
 import importlib.util
-import json
 import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from lwd_jax.config import Config, load_config
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, read_json
 
 
 def _value(text: str):
@@ -20,10 +19,7 @@ def _value(text: str):
 
 
 def _from_json(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"The config file '{file}' is not sound JSON: {error}.") from error
+    values = read_json(file)
     if not isinstance(values, dict):
         raise UserError(f"The config file '{file}' must hold a JSON object, but holds a {type(values).__name__}.")
     return values

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path

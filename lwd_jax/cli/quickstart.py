@@ -21,7 +21,7 @@ import lwd_jax
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.data.dataset import INDEX as DATASET_INDEX
 from lwd_jax.data.latents import METADATA
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, read_json
 from lwd_jax.report.export import MANIFEST
 from lwd_jax.report.photographs import Photograph, own, shipped, write_crops
 from lwd_jax.report.quickstart import CROPS, SIDE, TIMES_FILE, Run, write_report
@@ -68,7 +68,7 @@ class Clock:
     def __init__(self, workdir: Path, parts: int):
         self._file, self._parts, self._number = workdir / TIMES_FILE, parts, 0
         self._begin = time.perf_counter()
-        self.seconds = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self.seconds = read_json(self._file) if self._file.is_file() else {}
 
     def run(self, part: Part) -> int:
         """The part's exit status."""
@@ -107,7 +107,7 @@ def _check_source(workdir: Path, images: str, fast: bool) -> None:
     """A workdir belongs to one set of photographs and one length."""
     source = {"images": str(Path(images).resolve()) if images else "", "fast": fast}
     file = workdir / SOURCE
-    if file.is_file() and json.loads(file.read_text()) != source:
+    if file.is_file() and read_json(file) != source:
         raise UserError(
             f"The quickstart in {workdir} was begun with other photographs or another length; name a new --workdir."
         )

@@ -3,6 +3,7 @@
 SIGTERM (a preempted slice) and Ctrl-C save a checkpoint before the command ends.
 """
 
+import shlex
 import signal
 from pathlib import Path
 
@@ -59,5 +60,6 @@ def run(args) -> int:
         )
         return 128 + outcome.signal
     following = {1: "lwd encode --dataset DATASET --out LATENTS", 2: "lwd sample --prompt TEXT --out D"}[config.stage]
-    print(f"Trained to step {outcome.step}, saved in {args.workdir}. Next: {following} --models {args.workdir}")
+    models = shlex.quote(args.workdir)
+    print(f"Trained to step {outcome.step}, saved in {args.workdir}. Next: {following} --models {models}")
     return 0

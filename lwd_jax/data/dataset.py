@@ -7,6 +7,7 @@ and hashes of all records, so that buckets need no picture to be read) and `prep
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,7 +74,10 @@ def open_dataset(folder: str | os.PathLike) -> Dataset:
         raise UserError(f"There is no dataset folder '{folder}'.")
     if not (folder / INDEX).is_file():
         raise UserError(f"'{folder}' is not a dataset: it has no {INDEX}; make one with lwd prepare.")
-    return Dataset(folder)
+    try:
+        return Dataset(folder)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"'{folder}' is damaged ({error}); make it again with lwd prepare --overwrite.") from error
 
 
 def held_out(sha256: np.ndarray, count: int) -> np.ndarray:

@@ -9,6 +9,7 @@ is written last: without it the folder is not complete, and encoding again conti
 import hashlib
 import json
 import os
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lwd_jax.data.pictures import UNREADABLE, decode
 from lwd_jax.data.records import STORAGE, float_array, pack, unpack
 from lwd_jax.data.store import Parts, Store
 from lwd_jax.data.text import States, TextEncoder
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError, choose, read_json
 
 METADATA = "metadata.json"
 FORMAT = 1
@@ -318,10 +319,13 @@ def open_latents(folder: str | os.PathLike) -> Latents:
             "is not complete: run the same lwd encode again" if (folder / "pictures").is_dir() else "holds no latents"
         )
         raise UserError(f"'{folder}' {state} (it has no {METADATA}).")
-    metadata = json.loads((folder / METADATA).read_text())
+    metadata = read_json(folder / METADATA)
     if metadata["format"] != FORMAT:
         raise UserError(f"The latents in '{folder}' have format {metadata['format']}, but this version reads {FORMAT}.")
-    return Latents(folder, metadata)
+    try:
+        return Latents(folder, metadata)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"'{folder}' is damaged ({error}); run lwd encode into a new folder.") from error
 
 
 def check_autoencoder(latents: Latents, fingerprint: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lwd_jax.data.records import Records, staged, write_records
+from lwd_jax.errors import read_json
 
 KEYS = "keys.json"
 PART_BYTES = 1 << 29  # of arrays held in memory before they are written as a part
@@ -34,7 +35,7 @@ class Store:
         self.keys: dict[str, tuple[int, int]] = {}
         self._part = 0
         for part in existing_parts(folder):
-            keys = json.loads((folder / part_name(part) / KEYS).read_text())
+            keys = read_json(folder / part_name(part) / KEYS)
             self.keys |= {key: (part, row) for row, key in enumerate(keys)}
             self._part = part + 1
         self._waiting: dict[str, dict] = {}

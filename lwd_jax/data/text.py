@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError, choose, read_json
 
 SD3_WIDTH = 4096  # of T5-XXL; taken where neither T5 nor a transformer/config.json is there to tell
 _HASHED = (".safetensors", ".json", ".txt", ".model")  # what a text encoder's output depends on
@@ -138,7 +138,7 @@ def _load_tokenizer(cls, folder: Path, vocabularies: tuple[str, ...]):
 
 def _t5_width(folder: Path) -> int:
     config = folder / "transformer" / "config.json"
-    return json.loads(config.read_text())["joint_attention_dim"] if config.is_file() else SD3_WIDTH
+    return read_json(config)["joint_attention_dim"] if config.is_file() else SD3_WIDTH
 
 
 def _sd3_states(captions: list[str], clips, t5, clip_length: int, max_length: int, width: int) -> States:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import extend_backbone, save_backbone
 from lwd_jax.config import Config, Models, Sampling, Training, to_json
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import MANIFEST, TEXT_PARTS, FolderModels, WorkdirModels, open_models
 from lwd_jax.report.staging import staged
@@ -46,7 +46,7 @@ def _add_text(folder: Path, models: WorkdirModels) -> dict:
     source = models.text_folder() if models.text().get("kind") == "sd3" else None
     if source is None:
         return dict.fromkeys(TEXT_PARTS, (None, None))
-    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    index = read_json(source / INDEX)
     present = [part for part in TEXT_PARTS if (source / part).is_dir()]
     for part in present:
         shutil.copytree(source / part, folder / part, copy_function=_link_or_copy)

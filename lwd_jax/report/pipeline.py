@@ -5,7 +5,6 @@ time, so that a command can drop one model before it loads the other.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Config, Sampling
 from lwd_jax.data.text import TextEncoder, open_text_encoder
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, read_json
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
 from lwd_jax.train.checkpoint import is_workdir, read_params
@@ -41,20 +40,13 @@ _SCHEDULE = {
 }
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not sound JSON: {error}.") from error
-
-
 def _read_scheduler(folder: Path) -> dict:
     """Solver and static shift of a diffusers scheduler folder, as fields of Sampling.
 
     Raises:
       UserError: a scheduler that is none of our solvers, or one with a schedule that is not reproduced here.
     """
-    scheduler = _read_json(folder / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler_config.json")
     name = scheduler.get("_class_name", "")
     solvers = {foreign: solver for solver, foreign in SCHEDULERS.items()}
     if name not in solvers:
@@ -103,7 +95,7 @@ class FolderModels:
         return _read(BACKBONE, self.path, True, **options)
 
     def sampling(self) -> Sampling:
-        """The settings to sample with: the run's own where `lwd export` wrote them, the scheduler's solver and shift."""
+        """What to sample with: the run's settings where `lwd export` wrote them, the scheduler's solver and shift."""
         sampling = Sampling(**self.manifest()["sampling"]) if self.manifest().get("sampling") else Sampling()
         if not (self.path / "scheduler").is_dir():
             return sampling
@@ -137,7 +129,7 @@ class FolderModels:
     def manifest(self) -> dict:
         """lwd.json of an exported folder, or {}."""
         path = self.path / MANIFEST
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def text(self) -> dict:
         """What encodes captions: {"kind": a row of data.text.TEXT_ENCODERS, ...}, or {} where nothing is known."""

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, read_json
 from lwd_jax.train.state import State, flat, nested
 from lwd_jax.train.step import keeps_average
 
@@ -120,7 +120,7 @@ def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
       UserError: names the field and both values. `training.steps` may change only where the learning rate does not
         depend on it.
     """
-    old, new = _fields(configs.load_json(json.dumps(saved))), _fields(config)
+    old, new = _fields(configs.from_json(saved)), _fields(config)
     for name in sorted(new):
         bound = name == "training.steps" and config.optimizer.schedule != "constant"
         if old[name] != new[name] and (bound or not HARMLESS.match(name)):
@@ -202,8 +202,8 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except (OSError, ValueError) as error:
-                step, self._unsealed = self._unsealed, None
-                raise UserError(f"The checkpoint of step {step} could not be written to {self.folder}: {error}") from error
+                what, self._unsealed = f"The checkpoint of step {self._unsealed}", None
+                raise UserError(f"{what} could not be written to {self.folder}: {error}.") from error
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
             if jax.process_index() == 0:
                 self._sealing = threading.Thread(target=write_manifest, args=(self.folder / str(self._unsealed),))
@@ -303,7 +303,7 @@ def read_config(workdir: str | Path) -> configs.Config:
     file = Path(workdir) / "config.json"
     if not file.is_file() or not is_workdir(workdir):
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json and {FOLDER}/.")
-    return configs.load_json(file.read_text())
+    return configs.from_json(read_json(file))
 
 
 def read_params(workdir: str | Path, ema: bool = True, *, shardings=None) -> tuple[Any, configs.Config, int]:

@@ -16,7 +16,7 @@ from flax import linen as nn
 from lwd_jax import config as configs
 from lwd_jax.autoencoders import AUTOENCODERS
 from lwd_jax.backbones import BACKBONES
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
 from lwd_jax.weights.folder import read_config as read_foreign
 from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load
@@ -95,7 +95,7 @@ def read_description(workdir: str | Path) -> dict:
     file = Path(workdir) / MODEL_FILE
     if not file.is_file():
         raise UserError(f"{workdir} is not the workdir of a run: it has no {MODEL_FILE}.")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, no_duplicates, read_json
 from lwd_jax.weights.table import flat
 
 STEM = "diffusion_pytorch_model"
@@ -39,21 +39,12 @@ class Stored(NamedTuple):
         return tensor if dtype is None else tensor.astype(dtype)
 
 
-def _no_duplicates(pairs):
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise UserError(f"the name '{twice[0]}' occurs more than once")
-    return result
-
-
 def _header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. The library checks it, but accepts a name given twice; this does not."""
     try:
         with safe_open(path, framework="np"), open(path, "rb") as file:
             text = file.read(int.from_bytes(file.read(8), "little"))
-        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+        entries = json.loads(text, object_pairs_hook=no_duplicates)
     except (SafetensorError, UserError, OSError) as error:
         raise UserError(f"{path} is not a sound safetensors file: {error}.") from error
     return {
@@ -61,13 +52,6 @@ def _header(path: Path) -> dict[str, Stored]:
         for name, entry in entries.items()
         if name != "__metadata__"
     }
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{path} is not sound JSON: {error}.") from error
 
 
 def read_config(folder: str | os.PathLike) -> dict:
@@ -81,7 +65,7 @@ def read_config(folder: str | os.PathLike) -> dict:
         raise UserError(f"There is no folder {folder}.")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a diffusers model folder: it has no config.json.")
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def _weights_file(folder: Path) -> Path:
@@ -104,7 +88,7 @@ def _weights_file(folder: Path) -> Path:
 
 def _sharded(index: Path) -> dict[str, Stored]:
     """The tensors of the shards that an index names; index and shards must agree exactly."""
-    place = _read_json(index).get("weight_map")
+    place = read_json(index).get("weight_map")
     if not isinstance(place, dict):
         raise UserError(f"{index} has no weight_map.")
     tensors: dict[str, Stored] = {}

@@ -48,7 +48,8 @@ def config_file(tmp_path):
     def write(**sections):
         file = tmp_path / "run.py"
         values = {"stage": 1, "name": "run", "resolution": 64, **sections}
-        file.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n")
+        text = f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
+        file.write_text(text)
         return str(file)
 
     return write
@@ -211,4 +212,5 @@ def test_what_is_named_but_not_there_is_the_users_mistake(flag, capsys):
 
 def test_failures_give_exit_status_1(config_file, capsys):
     assert main(["doctor", "--config", config_file(mesh={"fsdp": 7})]) == 1
-    assert "does not divide the 8 devices" in " ".join(capsys.readouterr().out.replace("│", " ").replace("|", " ").split())
+    printed = capsys.readouterr().out.replace("│", " ").replace("|", " ")
+    assert "does not divide the 8 devices" in " ".join(printed.split())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny_models import KL, TEXT, autoencoder, backbone
+from tiny_models import TEXT, autoencoder, backbone
 
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import save_backbone
@@ -188,7 +188,7 @@ def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, c
         (1, ("--config.optimizer.learning_rat=1",), "Did you mean 'learning_rate'"),
         (1, ("--config.models.autoencoder={root}/transformer",), "SD3Transformer2DModel, but AutoencoderKL"),
         (1, ("--config.data.dataset=''",), "lwd prepare"),
-        (1, ("--config.reconstruction.scales=(2,3)", "--config.reconstruction.alpha=0.1"), "does not divide by scale 3"),
+        (1, ("--config.reconstruction.scales=(2,3)", "--config.reconstruction.alpha=0.1"), "not divide by scale 3"),
         (2, ("--config.matching.mask=tiem",), "no mask rule 'tiem'. Did you mean 'time'"),
         (2, ("--config.matching.wavelet=haaar",), "wavelet"),
         (2, ("--config.matching.time_sampler=mode", "--config.matching.mode_scale=3.0"), "mode_scale"),

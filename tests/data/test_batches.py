@@ -1,8 +1,8 @@
 """Laws of the batches: one stream for any workers, hosts and restarts; every picture seen; bad pictures replaced."""
 
 import dataclasses
-import json
 import hashlib
+import json
 
 import numpy as np
 import pytest

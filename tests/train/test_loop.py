@@ -12,7 +12,7 @@ import pytest
 from toy_stage import ToyBatches, toy_batch, toy_config, toy_stage
 
 from lwd_jax import config as configs
-from lwd_jax.config import load_json
+from lwd_jax.config import from_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train import metrics
@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_writes_its_files(whole):
-    assert load_json((whole / "config.json").read_text()) == CONFIG
+    assert from_json(json.loads((whole / "config.json").read_text())) == CONFIG
     assert (whole / "model.json").read_text() == "{}"
     assert any((whole / "tb").iterdir())
     assert [line["step"] for line in metrics.read(whole)] == [2, 4, 6]
