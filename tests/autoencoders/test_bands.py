@@ -13,7 +13,8 @@ SAME, HALVE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 
 
 @pytest.mark.parametrize(
-    "stride, padding, size, height", [(1, SAME, 3, 10), (1, SAME, 3, 22), (2, HALVE, 3, 22), (1, ((0, 0), (0, 0)), 1, 10)]
+    "stride, padding, size, height",
+    [(1, SAME, 3, 10), (1, SAME, 3, 22), (2, HALVE, 3, 22), (1, ((0, 0), (0, 0)), 1, 10)],
 )
 def test_bands_equal_the_whole(stride, padding, size, height):
     """Bands that divide the height and bands that do not, one row, and more than the picture."""

@@ -1,4 +1,4 @@
-"""Laws of the autoencoder's rematerialisation: it changes memory and nothing else, in the encoder and in the decoder."""
+"""Laws of the autoencoder's rematerialisation: it changes memory and nothing else, encoder and decoder alike."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def plain_gradient(side):
 @pytest.mark.slow
 @pytest.mark.parametrize("side, remat", [(64, "attention"), (64, "full"), (128, "full")])
 def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat):
-    """Every policy gives the gradient of no remat. (A jitted remat on XLA:CPU was once seen wrong at one size alone.)"""
+    """Every policy gives the gradient of no remat. (On XLA:CPU one was once seen wrong, at one size alone.)"""
     params, plain = plain_gradient(side)
     assert_near(jax.jit(jax.grad(functools.partial(stage_1_loss, remat, side)))(params), plain)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import rounded, traced
 from safetensors.numpy import load_file
 
 from lwd_jax.errors import UserError
@@ -140,6 +141,13 @@ def test_the_weights_are_an_argument_of_a_jitted_function(perceptual):
     x, y = pictures(32, 32)
     lowered = jax.jit(lambda distance, x, y: distance(x, y)).lower(perceptual, x, y)
     assert len(lowered.as_text()) < 1e6
+
+
+def test_products_are_in_full_precision():
+    """By the traced program: LPIPS is float32 on a GPU and a TPU too."""
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in lpips._shapes().items()}
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    assert not rounded(traced(jax.grad(lambda x, y, p: lpips.distance(p, x, y).sum()), x, x, params))
 
 
 def test_without_the_extra_the_command_is_named(tmp_path, monkeypatch):

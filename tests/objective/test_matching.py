@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import rounded, traced
 
 from lwd_jax.config import Matching
 from lwd_jax.errors import UserError
@@ -167,6 +168,15 @@ def test_is_float32_whatever_the_model_computes_in():
     )()
     assert per_sample_low.dtype == jnp.float32 and all(value.dtype == jnp.float32 for value in metrics.values())
     np.testing.assert_allclose(per_sample_low, per_sample, rtol=0.1)
+
+
+def test_products_are_in_full_precision():
+    """By the traced program, and apart from the model's own: the metrics by time are float32 on a GPU and a TPU too."""
+
+    def loss(prediction, z0):
+        return matching_loss(lambda z_t, t, cond: prediction, z0, None, TIMES, NOISE, Matching())
+
+    assert not rounded(traced(loss, NOISE, Z0))
 
 
 @pytest.mark.parametrize(
