@@ -18,7 +18,7 @@ from lwd_jax.parallel.mesh import AXES, mesh_shape
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.program import build_program
 from lwd_jax.train.setup import stage_of
-from lwd_jax.train.state import flat
+from lwd_jax.weights.table import flat
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))

@@ -16,11 +16,12 @@ import numpy as np
 from flax import linen as nn
 
 from lwd_jax.errors import UserError, did_you_mean
-from lwd_jax.nn.attention import attention
+from lwd_jax.nn.attention import Tokens, attention, joint_attention
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.nn.layers import NORMAL, ZEROS, Dense, RMSNorm, gelu
 from lwd_jax.nn.modulation import Modulation, gated, modulate
 from lwd_jax.nn.positions import grid_positions, interpolate_rows, sincos, table_positions, time_features
+from lwd_jax.nn.sharding import axis_size, constrain_tokens
 from lwd_jax.nn.stack import rematerialised, stacked
 from lwd_jax.shapes import shaped
 from lwd_jax.weights.layout import LINEAR, SAME, Layout, conv_as_linear
@@ -117,6 +118,7 @@ class Block(nn.Module):
     config: Config
     dual: bool = False
     last: bool = False
+    text_length: int | None = None  # of the text tokens; what follows them is padding
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -127,7 +129,6 @@ class Block(nn.Module):
         ours = Stream(self.config, vectors=9 if self.dual else 6, name="picture", **kinds)
         theirs = Stream(self.config, vectors=2 if self.last else 6, last=self.last, name="text", **kinds)
         picture, text = tokens
-        length = picture.shape[1]
 
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = ours.modulation(emb)
         if self.last:
@@ -135,12 +136,12 @@ class Block(nn.Module):
         else:
             text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = theirs.modulation(emb)
 
-        q, k, v = ours.qkv(modulate(picture, shift, scale))
-        text_q, text_k, text_v = theirs.qkv(modulate(text, text_shift, text_scale))
-        if not self.last:  # there nothing comes of what the text attends to: its queries are in checkpoints only
-            q = jnp.concatenate([q, text_q], axis=1)
-        attended = attention(q, jnp.concatenate([k, text_k], axis=1), jnp.concatenate([v, text_v], axis=1))
-        before, picture = picture, gated(picture, gate, ours.result(attended[:, :length]))
+        asked = Tokens(*ours.qkv(modulate(picture, shift, scale)))
+        words = Tokens(*theirs.qkv(modulate(text, text_shift, text_scale)), real_text(text, self.text_length))
+        if self.last:  # nothing comes of what the text attends to there: its queries are in checkpoints only
+            words = words._replace(q=None)
+        seen, told = joint_attention(asked, words)
+        before, picture = picture, gated(picture, gate, ours.result(seen))
         if self.dual:
             dual_shift, dual_scale, dual_gate = second
             alone = Projections(self.config, name="dual", **kinds)
@@ -149,9 +150,16 @@ class Block(nn.Module):
         picture = gated(picture, mlp_gate, ours.mlp(modulate(picture, mlp_shift, mlp_scale)))
 
         if not self.last:
-            text = gated(text, text_gate, theirs.result(attended[:, length:]))
+            text = gated(text, text_gate, theirs.result(told))
             text = gated(text, text_mlp_gate, theirs.mlp(modulate(text, text_mlp_shift, text_mlp_scale)))
-        return (picture, text), None
+        return (constrain_tokens(picture), constrain_tokens(text)), None
+
+
+def real_text(text, length: int | None):
+    """[B L] bool: the first `length` of the tokens; None where that is all of them."""
+    if length is None or length == text.shape[1]:
+        return None
+    return jnp.broadcast_to(jnp.arange(text.shape[1]) < length, text.shape[:2])
 
 
 class Positions(nn.Module):
@@ -215,13 +223,17 @@ class SD3(nn.Module):
         picture = Dense(config.width, name="patch_proj", out_dtype=jnp.float32, **kinds)(patches)
         picture = (picture + table.reshape(1, height * width, config.width)).astype(self.dtype)
         text = Dense(config.width, name="text_proj", **kinds)(cond.tokens)
+        # Padded, so that the text stream divides over the mesh's context as the pictures' does.
+        length, missing = text.shape[1], -text.shape[1] % axis_size("context")
+        text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
         emb = Embedder(config.width, self.param_dtype, name="time")(time_features(t))
         emb = emb + Embedder(config.width, self.param_dtype, name="pooled")(cond.pooled.astype(jnp.float32))
 
-        tokens = (picture, text)
+        tokens, settings = (constrain_tokens(picture), constrain_tokens(text)), kinds | {"text_length": length}
         for name, count, dual in groups(config):
-            tokens, _ = stacked(Block, count, self.remat)(config, dual=dual, name=name, **kinds)(tokens, emb)
-        (picture, _), _ = rematerialised(Block, self.remat)(config, last=True, name="last_block", **kinds)(tokens, emb)
+            tokens, _ = stacked(Block, count, self.remat)(config, dual=dual, name=name, **settings)(tokens, emb)
+        last = rematerialised(Block, self.remat)(config, last=True, name="last_block", **settings)
+        (picture, _), _ = last(tokens, emb)
 
         scale, shift = Modulation(2 * config.width, name="final_modulation", **kinds)(emb)
         size = config.patch_size**2 * config.out_channels

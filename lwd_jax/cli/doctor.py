@@ -35,9 +35,9 @@ from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.optimizer import trainable_paths
 from lwd_jax.train.program import never_trained
-from lwd_jax.train.state import flat
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import fingerprint
+from lwd_jax.weights.table import flat
 
 EXAMPLE = "lwd doctor --config configs/stage2_sd3_1024.py --latents data/latents --workdir runs/stage2"
 OK, WARN, FAIL = "ok", "warn", "fail"

@@ -1,20 +1,34 @@
-"""Scaled dot-product attention behind one function; what computes it is chosen by the platform."""
+"""Scaled dot-product attention behind one function. What computes it is chosen by the platform; over a mesh every
+device attends for its own pictures and heads, and the positions are exchanged over `context`.
+"""
 
 import contextlib
+import contextvars
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lwd_jax.nn.layers import precision_of
+from lwd_jax.nn.sharding import ambient_mesh, axis_size, batch_axes
 from lwd_jax.shapes import shaped
 
-SAVED = "attention"  # the name under which remat policies know attention's output
+SAVED = "attention"  # the name under which remat policies know what a kernel's backward pass needs
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_PLATFORM = contextvars.ContextVar("platform", default="")
+
+# ------------------------------------------------------------------------------------------------------- kernels
+# (q [B L N d], k and v [B S N d], real [B S] bool, the keys to attend to, or None) -> [B L N d] in the dtype of q.
 
 
-def _xla(q, k, v, mask):
+def _xla(q, k, v, real):
     """Logits and softmax in float32; keeps an L x L matrix per head. The output is named `SAVED`."""
+    mask = None if real is None else real[:, None, None]
     # jax.nn's function takes no precision; what is set while it is traced holds for its gradients too.
     full = precision_of(q.dtype) is not None
     with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
@@ -22,7 +36,7 @@ def _xla(q, k, v, mask):
     return checkpoint_name(attended, SAVED)
 
 
-def _cudnn(q, k, v, mask):
+def _cudnn(q, k, v, real):
     """Fused, never keeps an L x L matrix; half precision and head sizes up to 128 in steps of 8 only.
 
     The output has no name: the remat policy keeps all that the fused primitive returns, the output among it, and would
@@ -30,30 +44,133 @@ def _cudnn(q, k, v, mask):
     """
     fits = q.dtype in _HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     # cuDNN takes a mask as a bias, and refuses to train with one where a length is odd.
-    odd = mask is not None and (q.shape[1] % 2 or k.shape[1] % 2)
+    odd = real is not None and (q.shape[1] % 2 or k.shape[1] % 2)
     if not fits or odd:
-        return _xla(q, k, v, mask)
+        return _xla(q, k, v, real)
+    mask = None if real is None else real[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-# Platform -> kernel; a platform that is not named uses XLA. A TPU kernel is one function and one line here. A kernel
-# names what its backward pass needs `SAVED`, or the policy of nn.stack knows its primitive.
-KERNELS = {"gpu": _cudnn}
+def _splash(q, k, v, real):
+    """Fused, never keeps an L x L matrix; what its backward pass needs is named `SAVED`."""
+    from lwd_jax.nn.splash import splash_attention  # Pallas takes a second to import, and only a TPU needs it
+
+    return splash_attention(q, k, v, real, name=SAVED)
+
+
+KERNELS = {"gpu": _cudnn, "tpu": _splash}  # platform -> kernel; one that is not named uses XLA
+
+
+@contextlib.contextmanager
+def for_platform(platform: str):
+    """What is traced within is for "cpu", "gpu" or "tpu", whatever runs here: to compile ahead of time."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def _attend(q, k, v, real):
+    return KERNELS.get(_PLATFORM.get() or jax.default_backend(), _xla)(q, k, v, real)
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+class Tokens(NamedTuple):
+    """One kind of tokens in an attention.
+
+    Attributes:
+      q: [B L N d] queries; None: nothing comes of what they attend to.
+      k, v: [B S N d] keys and values; S = L but in cross-attention.
+      real: [B S] bool, the keys to attend to; the rest is padding. None = all.
+    """
+
+    q: jax.Array | None
+    k: jax.Array
+    v: jax.Array
+    real: jax.Array | None = None
+
+
+def _together(kinds: Sequence[Tokens], attend) -> tuple:
+    """Attention of all queries to all keys, by `attend`; the results of each kind, None where it has no queries."""
+    queries = [kind.q for kind in kinds if kind.q is not None]
+    k, v = (jnp.concatenate([getattr(kind, name) for kind in kinds], axis=1) for name in "kv")
+    real = None
+    if any(kind.real is not None for kind in kinds):
+        whole = [jnp.ones(kind.k.shape[:2], bool) if kind.real is None else kind.real for kind in kinds]
+        real = jnp.concatenate(whole, axis=1)
+    found = attend(jnp.concatenate(queries, axis=1), k, v, real)
+    parts = iter(jnp.split(found, np.cumsum([q.shape[1] for q in queries])[:-1], axis=1))
+    return tuple(None if kind.q is None else next(parts) for kind in kinds)
+
+
+def _padded(kind: Tokens, parts: int) -> Tokens:
+    """With padding up to multiples of `parts`."""
+
+    def pad(x):
+        return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % parts), *((0, 0),) * (x.ndim - 2)))
+
+    uneven = kind.k.shape[1] % parts
+    real = jnp.ones(kind.k.shape[:2], bool) if kind.real is None and uneven else kind.real
+    return Tokens(*map(pad, (kind.q, kind.k, kind.v, real)))
+
+
+def exchange(heads: int, parts: int) -> str:
+    """How positions that are split over `parts` devices meet: "none", "ulysses" (all-to-all: every device gets all
+    positions of its share of the heads, arXiv 2309.14509) where the heads divide, else "gather" (all keys and values).
+
+    Args:
+      heads: of each device, before the exchange.
+    """
+    return "none" if parts == 1 else "ulysses" if heads % parts == 0 else "gather"
+
+
+def _exchanged(way: str, q, k, v, real):
+    """A device's share of the positions -> its share of the result."""
+
+    def whole(x):
+        return None if x is None else jax.lax.all_gather(x, "context", axis=1, tiled=True)
+
+    def swap(x, split, concat):
+        return jax.lax.all_to_all(x, "context", split_axis=split, concat_axis=concat, tiled=True)
+
+    if way == "ulysses":
+        return swap(_attend(*(swap(x, 2, 1) for x in (q, k, v)), whole(real)), 1, 2)
+    return _attend(q, whole(k), whole(v), whole(real)) if way == "gather" else _attend(q, k, v, real)
+
+
+def joint_attention(*kinds: Tokens) -> tuple:
+    """Attention of several kinds of tokens to all of them: softmax(q k^T / sqrt(d)) v per head.
+
+    Under a mesh (see nn.sharding) pictures lie over (data, fsdp), heads over tensor and positions over context; kinds
+    whose length does not divide are padded. Attention does not mind the order of keys, so that nothing moves to bring
+    the kinds together.
+
+    Returns:
+      For every kind [B L N d] in the dtype of q, or None where it has no queries; the softmax accumulates in float32.
+      Float32 operands are multiplied in full precision. Remat policies know what the kernels name `SAVED`.
+    """
+    if ambient_mesh() is None:
+        return _together(kinds, _attend)
+    context, tensor = axis_size("context"), axis_size("tensor")
+    batch, _, heads, _ = kinds[0].k.shape
+    split = "tensor" if heads % tensor == 0 else None
+    way = exchange(heads // tensor if split else heads, context)
+
+    def local(kinds):
+        return _together(kinds, functools.partial(_exchanged, way))
+
+    rows = batch_axes(batch)
+    spec, flags = PartitionSpec(rows, "context", split, None), PartitionSpec(rows, "context")
+    given = [_padded(kind, context) for kind in kinds]
+    specs = [Tokens(*(None if x is None else s for x, s in zip(kind, (spec, spec, spec, flags)))) for kind in given]
+    found = jax.shard_map(local, in_specs=(specs,), out_specs=spec, check_vma=False)(given)
+    return tuple(None if x is None else x[:, : kind.q.shape[1]] for x, kind in zip(found, kinds))
 
 
 @shaped("q: B L N d, k: B S N d, v: B S N d -> B L N d")
-def attention(q, k, v, *, mask=None, platform: str | None = None):
-    """softmax(q k^T / sqrt(d)) v per head.
-
-    Args:
-      q: [B L N d] queries.
-      k, v: [B S N d] keys and values.
-      mask: bool, broadcastable to [B N L S]; True = attend. None = attend to everything.
-      platform: "cpu", "gpu" or "tpu"; None = the default backend when this is traced.
-
-    Returns:
-      [B L N d] in the dtype of q; the softmax accumulates in float32. Float32 operands are multiplied in full
-      precision. Remat policies know the result, see `KERNELS`.
-    """
-    kernel = KERNELS.get(platform or jax.default_backend(), _xla)
-    return kernel(q, k, v, mask)
+def attention(q, k, v, *, real=None):
+    """`joint_attention` of one kind of tokens, with real [B S] bool: the keys to attend to; None = all."""
+    return joint_attention(Tokens(q, k, v, real))[0]

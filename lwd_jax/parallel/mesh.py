@@ -11,9 +11,7 @@ from jax.sharding import Mesh
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
-
-AXES = ("data", "fsdp", "context", "tensor")
-BATCH_AXES = ("data", "fsdp")  # what the first axis of a batch is split over
+from lwd_jax.nn.sharding import AXES
 
 
 def mesh_shape(config: configs.Mesh, devices: int) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwd_jax.errors import UserError
-from lwd_jax.parallel.mesh import BATCH_AXES, batch_parts
+from lwd_jax.nn.sharding import BATCH_AXES
+from lwd_jax.parallel.mesh import batch_parts
 
 SMALL = 1 << 20  # bytes; a parameter below this may be whole on every device when its sizes do not divide
 

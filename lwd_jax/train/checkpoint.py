@@ -25,8 +25,9 @@ from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError, read_json
-from lwd_jax.train.state import State, flat, nested
+from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
+from lwd_jax.weights.table import flat, nested
 
 MANIFEST = "crc32.json"
 FOLDER = "checkpoints"
@@ -306,16 +307,17 @@ def read_config(workdir: str | Path) -> configs.Config:
     return configs.from_json(read_json(file))
 
 
-def read_params(workdir: str | Path, ema: bool = True, *, shardings=None) -> tuple[Any, configs.Config, int]:
+def read_params(workdir: str | Path, ema: bool = True, *, shardings=None, like=None) -> tuple[Any, configs.Config, int]:
     """The trained parameters of a run's newest sound checkpoint.
 
     Args:
       workdir: of a run.
       ema: the averaged ones, where the run keeps an average. Of schedule-free AdamW always its average.
       shardings: a function from the abstract parameters to layouts; None = the default device.
+      like: a tree like the parameters, whose dtypes they are cast to as they are read; None = as they were saved.
 
     Returns:
-      (params in their saved dtype, the run's config, the step).
+      (params, the run's config, the step).
 
     Raises:
       UserError: not a workdir, or no sound checkpoint.
@@ -323,32 +325,38 @@ def read_params(workdir: str | Path, ema: bool = True, *, shardings=None) -> tup
     config = read_config(workdir)
     folder = Path(workdir).absolute() / FOLDER
     options = ocp.CheckpointManagerOptions(read_only=True)
-    manager = ocp.CheckpointManager(folder, options=options, item_handlers=_handlers())
+    # These handlers can leave out what is not asked for; the files are the same.
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema")}
+    manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             if wrong := damage(folder / str(step)):
                 log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
                 continue
-            return _read(manager, step, config, ema, shardings), config, step
+            return _read(manager, step, config, ema, shardings, like), config, step
     finally:
         manager.close()
     raise UserError(f"{workdir} has no sound checkpoint yet.")
 
 
-def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings) -> Any:
+def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings, like) -> Any:
+    """Every parameter once, from the average where it has one, in the dtype it is wanted in."""
     averaged = keeps_average(config) and (ema or config.optimizer.name == "schedule_free_adamw")
     stored = manager.item_metadata(step)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stored.params.tree)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = flat(shardings(abstract) if shardings else jax.tree.map(lambda _: here, abstract))
+    shapes, wanted = flat(abstract), flat(abstract if like is None else like)
 
-    def target(tree):
-        return nested({p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[p]) for p, a in flat(tree).items()})
+    def restore(paths):
+        tree = nested(
+            {p: jax.ShapeDtypeStruct(shapes[p].shape, wanted[p].dtype, sharding=places[p]) for p in sorted(paths)}
+        )
+        how = ocp.checkpoint_utils.construct_restore_args(tree)
+        return ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
 
-    items = {"params": ocp.args.StandardRestore(target(abstract))}
-    if averaged:
-        items["ema"] = ocp.args.StandardRestore(target(stored.ema.tree))
+    average = flat(stored.ema.tree).keys() if averaged else set()
+    sources = {"params": shapes.keys() - average, "ema": average}
+    items = {name: restore(paths) for name, paths in sources.items() if paths}
     found = manager.restore(step, args=ocp.args.Composite(**items))
-    params = flat(found.params)
-    average = flat(found.ema) if averaged else {}
-    return nested(params | {path: leaf.astype(params[path].dtype) for path, leaf in average.items()})
+    return nested({path: leaf for name in items for path, leaf in flat(found[name]).items()})

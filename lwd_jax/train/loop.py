@@ -1,6 +1,7 @@
 """The loop around the step: resume or begin, train, report, preview, save, stop."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
+from lwd_jax.parallel.processes import agree, check_shared
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
 from lwd_jax.train.feed import Feed
@@ -34,15 +36,24 @@ class Outcome(NamedTuple):
 
 
 class Stop:
-    """Notes SIGTERM and SIGINT while the run is inside; a second signal acts as it would without this."""
+    """Notes SIGTERM and SIGINT while the run is inside; a second signal acts as it would without this.
+
+    In a run of several processes jax listens for SIGTERM and tells all of them the step to stop at
+    (`Checkpoints.preempted`); SIGINT is passed on as SIGTERM.
+    """
 
     def __enter__(self) -> "Stop":
         self.signal = 0
         self._before = {}
-        # Only the main thread may; and over several hosts jax.distributed listens, so that all stop at one step.
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        alone = jax.process_count() == 1
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note} if alone else {signal.SIGINT: self._pass_on}
+        if threading.current_thread() is threading.main_thread():  # only it may
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
+
+    def _pass_on(self, number, frame) -> None:
+        signal.signal(number, self._before[number])
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number, frame) -> None:
         self.signal = number
@@ -149,11 +160,13 @@ class _Profiler:
             self._open = False
 
 
-def _previewed(previews: Previews, step: int, state: State) -> tuple[dict, float]:
+def _previewed(previews: Previews, step: int, state: State, mesh: Mesh) -> tuple[dict, float]:
     """The previews' metrics, named preview/.., and the seconds they took."""
     jax.block_until_ready(state.step)
     start = time.perf_counter()
-    metrics = {f"preview/{name}": float(value) for name, value in previews(step, eval_params(state)).items()}
+    with jax.set_mesh(mesh):  # as the step is: models read it
+        found = previews(step, eval_params(state))
+    metrics = {f"preview/{name}": float(value) for name, value in found.items()}
     return metrics, time.perf_counter() - start
 
 
@@ -190,9 +203,12 @@ def run(
         profiler = _Profiler(config, workdir)
         closing.callback(profiler.close)
         training, total = config.training, config.training.steps
+        saved = saved_steps(workdir)
+        agree(str(saved), f"{workdir} does not hold the same checkpoints for all processes: they must share the workdir.")
         # Weights that do not fit are a mistake to be told of before anything is written.
-        state, position = None if saved_steps(workdir) else _first_state(program, config, params), None
+        state, position = None if saved else _first_state(program, config, params), None
         workdir.mkdir(parents=True, exist_ok=True)
+        check_shared(workdir)
         checkpoints = Checkpoints(workdir, training.keep)
         closing.callback(checkpoints.close)
         if state is None:
@@ -215,7 +231,7 @@ def run(
         reporter = _Reporter(config, writer, feed, progress)
         previewing = previews is not None and training.preview_every > 0
         if first == 0 and previewing:
-            writer.write(0, _previewed(previews, 0, state)[0])
+            writer.write(0, _previewed(previews, 0, state, mesh)[0])
         key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
 
         for step in range(first + 1, total + 1):
@@ -231,7 +247,7 @@ def run(
             # Look
             seen = {}
             if previewing and (step % training.preview_every == 0 or step == total):
-                seen, seconds = _previewed(previews, step, state)
+                seen, seconds = _previewed(previews, step, state, mesh)
                 reporter.away(seconds)
             saving = step % training.save_every == 0 or ending
             if seen or saving:

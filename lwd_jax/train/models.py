@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 AUTOENCODER = Kind("autoencoder", AUTOENCODERS, "vae", 1)
 BACKBONE = Kind("backbone", BACKBONES, "transformer", 2)
 # Fields of a model's Config that change nothing here.
-_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ()}
+_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ("pos_embed_max_size",)}
 TRAINED = {kind.stage: kind for kind in (AUTOENCODER, BACKBONE)}
 
 
@@ -108,10 +108,9 @@ def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:
     module = model.build(model.from_foreign(described["model"]), **build)
 
     def params(shardings=None):
-        found = read_params(path, ema, shardings=shardings)[0]
-        # To the dtypes of the model, which are not all param_dtype: the position table stays float32.
+        # In the dtypes of the model, which are not all param_dtype: the position table stays float32.
         wanted = abstract_params(model, module.config, module.param_dtype)
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), found, wanted)
+        return read_params(path, ema, shardings=shardings, like=wanted)[0]
 
     return Opened(model, module, params)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from lwd_jax.config import Config
@@ -18,8 +18,9 @@ from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import batch_shardings, replicated
 from lwd_jax.train.optimizer import make_optimizer, trainable_paths
-from lwd_jax.train.state import State, flat, new_state, state_shardings
+from lwd_jax.train.state import State, new_state, state_shardings
 from lwd_jax.train.step import Loss, keeps_average, make_step
+from lwd_jax.weights.table import flat
 
 _OUTPUT = (r"^decoder/norm_out/", r"^decoder/conv_out/")  # 3,715 parameters: the last mapping to a picture
 _TABLES = (r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$",)  # tables of sines, not parameters of the original
@@ -50,23 +51,28 @@ class Stage(NamedTuple):
 
 
 class Step:
-    """The compiled step, `(State, batch, key) -> (State, metrics)`, with the stage's loss filled in."""
+    """The compiled step, `(State, batch, key) -> (State, metrics)`, with the stage's loss filled in.
 
-    def __init__(self, jitted: Callable, loss: Loss, sharding: NamedSharding):
-        self._jitted, self._sharding = jitted, sharding
+    It is traced under the mesh, which models read (nn.sharding).
+    """
+
+    def __init__(self, jitted: Callable, loss: Loss, mesh: Mesh):
+        self._jitted, self._mesh = jitted, mesh
         # A Partial of a Partial would hide its leaves.
         self._loss = loss if isinstance(loss, Partial) else Partial(loss)
 
     @functools.cached_property
     def _placed(self):
-        return jax.device_put(self._loss, self._sharding)
+        return jax.device_put(self._loss, replicated(self._mesh))
 
     def __call__(self, state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
-        return self._jitted(self._placed, state, batch, key)
+        with jax.set_mesh(self._mesh):
+            return self._jitted(self._placed, state, batch, key)
 
     def lower(self, state: State, batch: Any, key: jax.Array):
         """As of a jitted function; abstract arguments will do."""
-        return self._jitted.lower(self._loss, state, batch, key)
+        with jax.set_mesh(self._mesh):
+            return self._jitted.lower(self._loss, state, batch, key)
 
     def compile(self, state: State, batch: Any, key: jax.Array) -> Callable:
         """The step compiled for these arguments: (State, batch, key) -> (State, metrics)."""
@@ -225,7 +231,7 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
     )
     return Program(
         init=init,
-        step=Step(step, stage.loss, replicated(mesh)),
+        step=Step(step, stage.loss, mesh),
         batch=_with_shardings(stage.batch, batch_shardings(stage.batch, mesh)),
         state=_with_shardings(abstract, shardings),
     )

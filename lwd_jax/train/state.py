@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from lwd_jax.parallel.rules import param_shardings, path_string, replicated
+from lwd_jax.weights.table import flat, nested
 
 
 class State(NamedTuple):
@@ -27,16 +27,6 @@ class State(NamedTuple):
     ema: Any
     skipped: jax.Array
     streak: jax.Array
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """{"a/b/c": leaf} of nested dicts."""
-    return traverse_util.flatten_dict(tree, sep="/")
-
-
-def nested(leaves: dict[str, Any]) -> Any:
-    """Inverse of `flat`."""
-    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def split(params: Any, trained: frozenset[str]) -> tuple[Any, Any]:

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn import attention as room
-from lwd_jax.nn.attention import attention
+from lwd_jax.nn.attention import SAVED, Tokens, attention, exchange, for_platform, joint_attention
+from lwd_jax.nn.sharding import AXES
+from lwd_jax.nn.splash import block_sizes, blocks_of, splash_attention
 from lwd_jax.nn.stack import REMAT
 
 
@@ -31,10 +34,10 @@ def test_equals_the_formula(length):
 
 def test_masked_keys_have_no_say():
     q, k, v = draw(2, 4, 3, 8), draw(2, 6, 3, 8, seed=1), draw(2, 6, 3, 8, seed=2)
-    mask = np.arange(6)[None, None, None] < np.array([4, 6])[:, None, None, None]
-    made = attention(q, k, v, mask=mask)
-    np.testing.assert_allclose(made, by_hand(q, k, v, mask), atol=2e-6)
-    np.testing.assert_allclose(made, attention(q, k.at[0, 4:].set(9.0), v.at[0, 4:].set(9.0), mask=mask), atol=2e-6)
+    real = jnp.arange(6) < jnp.array([4, 6])[:, None]
+    made = attention(q, k, v, real=real)
+    np.testing.assert_allclose(made, by_hand(q, k, v, real[:, None, None]), atol=2e-6)
+    np.testing.assert_allclose(made, attention(q, k.at[0, 4:].set(9.0), v.at[0, 4:].set(9.0), real=real), atol=2e-6)
 
 
 def test_bfloat16_accumulates_in_float32():
@@ -58,8 +61,9 @@ def test_which_kernel_a_gpu_runs(monkeypatch, dtype, head, fused):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     q = jnp.zeros((1, 2, 1, head), dtype)
-    attention(q, q, q, platform="gpu")
-    attention(q, q, q, platform="cpu")
+    for platform in ("gpu", "cpu"):
+        with for_platform(platform):
+            attention(q, q, q)
     assert chosen == ["cudnn" if fused else "xla", "xla"]
 
 
@@ -77,15 +81,17 @@ def test_a_mask_over_odd_lengths_is_not_for_cudnn(monkeypatch, lengths, masked, 
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     q, k = (jnp.zeros((1, length, 1, 64), jnp.bfloat16) for length in lengths)
-    attention(q, k, k, mask=jnp.ones((1, 1, *lengths), bool) if masked else None, platform="gpu")
+    with for_platform("gpu"):
+        attention(q, k, k, real=jnp.ones((1, lengths[1]), bool) if masked else None)
     assert chosen == ["cudnn" if fused else "xla"]
 
 
 def kept_for_backward(platform, dtype):
     """Shapes that the policy "attention" keeps of one remat attention between two products, arguments included."""
-    block = jax.checkpoint(lambda x, w: attention(x * w, x, x + w, platform=platform) * w, policy=REMAT["attention"])
+    block = jax.checkpoint(lambda x, w: attention(x * w, x, x + w) * w, policy=REMAT["attention"])
     x = jax.ShapeDtypeStruct((1, 4, 2, 64), dtype)
-    _, backward = jax.eval_shape(lambda x, w: jax.vjp(block, x, w), x, x)
+    with for_platform(platform):
+        _, backward = jax.eval_shape(lambda x, w: jax.vjp(block, x, w), x, x)
     return sorted(leaf.shape for leaf in jax.tree.leaves(backward))
 
 
@@ -108,12 +114,102 @@ def test_float32_is_multiplied_in_full_precision():
 
 
 def test_a_kernel_is_one_line_of_the_table(monkeypatch):
-    monkeypatch.setitem(room.KERNELS, "tpu", lambda q, k, v, mask: q + 1)
+    monkeypatch.setitem(room.KERNELS, "abacus", lambda q, k, v, real: q + 1)
     q = draw(1, 2, 1, 4)
-    np.testing.assert_array_equal(attention(q, q, q, platform="tpu"), q + 1)
+    with for_platform("abacus"):
+        np.testing.assert_array_equal(attention(q, q, q), q + 1)
 
 
 def test_unequal_keys_and_values_are_refused():
     q = draw(1, 2, 1, 4)
     with pytest.raises(ValueError, match="axis S of 'v'"):
         attention(q, q, draw(1, 3, 1, 4))
+
+
+# --------------------------------------------------------------------------------------------------- over a mesh
+
+
+def kinds_of(heads, lengths, seed=0):
+    """Two kinds of tokens whose lengths do not divide; of the second, the last ones are padding."""
+    first, second = (
+        [draw(2, length, heads, 8, seed=seed + 3 * i + j) for j in range(3)] for i, length in enumerate(lengths)
+    )
+    real = jnp.arange(lengths[1]) < jnp.array([lengths[1] - 2, lengths[1]])[:, None]
+    return Tokens(*first), Tokens(*second, real)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "way"),
+    [
+        ((1, 2, 4, 1), 4, "ulysses"),
+        ((1, 2, 4, 1), 3, "gather"),
+        ((2, 1, 2, 2), 6, "gather"),
+        ((1, 1, 2, 4), 8, "ulysses"),
+        ((2, 1, 1, 4), 8, "none"),
+    ],
+)
+def test_a_mesh_changes_nothing(shape, heads, way):
+    """Results and gradients, odd lengths and padding included; every way in which positions meet."""
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES)
+    kinds = kinds_of(heads, (13, 7))
+    weights = [draw(*kind.q.shape, seed=20) for kind in kinds]
+
+    def value(qkv):
+        found = joint_attention(*(Tokens(*each, kind.real) for each, kind in zip(qkv, kinds)))
+        return sum(jnp.sum(w * x) for w, x in zip(weights, found)), found
+
+    given = [kind[:3] for kind in kinds]
+    alone = jax.jit(jax.grad(value, has_aux=True))(given)
+    with jax.set_mesh(mesh):
+        over = jax.jit(jax.grad(value, has_aux=True))(given)
+        text = jax.jit(jax.grad(value, has_aux=True)).lower(given).compile().as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), jax.device_get(over), jax.device_get(alone))
+    assert exchange(heads // (shape[3] if heads % shape[3] == 0 else 1), shape[2]) == way
+    assert ("all-to-all" in text) == (way == "ulysses") and ("all-gather" in text) >= (way == "gather")
+
+
+def test_keys_of_one_device_only_are_noticed(monkeypatch):
+    """The control: a device that does not ask the others for their keys."""
+    monkeypatch.setattr(room, "exchange", lambda heads, parts: "none")
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4, 1), AXES)
+    kinds = kinds_of(4, (13, 7))
+    with jax.set_mesh(mesh):
+        over = jax.jit(joint_attention)(*kinds)[0]
+    assert np.abs(over - joint_attention(*kinds)[0]).max() > 1e-2
+
+
+def test_a_kind_without_queries_gives_nothing():
+    first, second = kinds_of(2, (5, 4))
+    both = joint_attention(first, second)
+    one, nothing = joint_attention(first, second._replace(q=None))
+    assert nothing is None
+    np.testing.assert_allclose(one, both[0], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- on a TPU
+
+
+@pytest.mark.parametrize(("length", "keys", "padded"), [(130, 300, True), (256, 256, False), (70, 1700, True)])
+def test_splash_equals_xla(length, keys, padded):
+    """The TPU's kernel, interpreted: result and gradients, for lengths that are no blocks and with keys left out."""
+    q, k, v = draw(2, length, 2, 64), draw(2, keys, 2, 64, seed=1), draw(2, keys, 2, 64, seed=2)
+    real = jnp.arange(keys) < jnp.array([keys - 9, keys])[:, None] if padded else None
+    weight = draw(2, length, 2, 64, seed=3)
+
+    def gradients(attend):
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(weight * attend(*qkv)), (0, 1, 2)))(q, k, v)
+
+    ours = gradients(lambda *qkv: splash_attention(*qkv, real, name=SAVED, interpret=True))
+    wanted = gradients(lambda *qkv: attention(*qkv, real=real))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max()), ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("length", "blocks"),
+    [(300, (1, 512)), (1357, (1, 1536)), (4429, (3, 1536)), (4608, (3, 1536)), (16717, (11, 1536)), (65869, (43, 1536))],
+)
+def test_blocks_hold_the_lengths_in_use(length, blocks):
+    """SD3's tokens at 512, 1024, 2048 and 4096 px fill blocks of 1536 to 2 % (at 512 px to 12 %)."""
+    assert blocks_of(length) == blocks
+    sizes = block_sizes(blocks[1], blocks[1])
+    assert blocks[1] % sizes.block_kv_compute == 0 and blocks[1] % sizes.block_q_dkv == 0

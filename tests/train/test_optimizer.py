@@ -13,7 +13,8 @@ from lwd_jax import config as configs
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train.optimizer import OPTIMIZERS, decays, learning_rate, make_optimizer
-from lwd_jax.train.state import flat, nested, new_state, state_shardings
+from lwd_jax.train.state import new_state, state_shardings
+from lwd_jax.weights.table import flat, nested
 
 RATES = {"adamw": 0.1, "adafactor": 0.1, "lion": 0.05, "prodigy": 1.0, "muon": 0.1, "schedule_free_adamw": 0.2}
 

@@ -19,8 +19,8 @@ from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train.models import Opened, open_trained
 from lwd_jax.train.program import autoencoder_stage, build_program, latent_of, trained_paths
 from lwd_jax.train.setup import stage_of
-from lwd_jax.train.state import flat
 from lwd_jax.train.step import accumulated_gradient, picture_keys
+from lwd_jax.weights.table import flat
 
 TOKENS = 6
 KL = kl.Config(

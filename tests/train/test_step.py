@@ -13,8 +13,9 @@ from lwd_jax import config as configs
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train.program import build_program
-from lwd_jax.train.state import eval_params, flat
+from lwd_jax.train.state import eval_params
 from lwd_jax.train.step import clip
+from lwd_jax.weights.table import flat
 
 ONE = jax.devices()[:1]
 CONFIG = toy_config()

@@ -1,0 +1,37 @@
+"""The mesh that a program is traced for, as models see it: `jax.set_mesh(mesh)` around the call; without one, nothing
+is constrained.
+
+A residual stream [B L D] lies over (data, fsdp) by picture and over `context` by position.
+"""
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")  # what the first axis of a batch is split over
+
+
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh with the axes AXES that this is traced under, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh is not None and mesh.axis_names == AXES else None
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the ambient mesh; 1 without a mesh."""
+    mesh = ambient_mesh()
+    return mesh.shape[axis] if mesh is not None else 1
+
+
+def batch_axes(size: int) -> tuple[str, ...] | None:
+    """The axes that a batch of `size` is split over: all of BATCH_AXES, or none where it does not divide."""
+    mesh = ambient_mesh()
+    return BATCH_AXES if mesh is not None and size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+
+
+def constrain_tokens(x: jax.Array) -> jax.Array:
+    """Pins a residual stream [B L D] to its layout; an axis that does not divide is left whole."""
+    if ambient_mesh() is None:
+        return x
+    context = "context" if x.shape[1] % axis_size("context") == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0]), context, None))
