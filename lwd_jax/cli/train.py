@@ -1,6 +1,9 @@
 """Trains either stage. The same command resumes: from the newest checkpoint, bit for bit, data order included.
 
-SIGTERM (a preempted slice) and Ctrl-C save a checkpoint before the command ends.
+SIGTERM (a preempted slice) and Ctrl-C save a checkpoint before the command ends, with exit code 128 + the signal's
+number. A run of several processes gets this command on every host, with a workdir that they share; they find each other
+by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM, or as the hosts of a TPU slice. A signal to
+one of them saves and stops all at the same step.
 """
 
 import shlex
@@ -10,7 +13,9 @@ from pathlib import Path
 import jax
 
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.config import Config
+from lwd_jax.config import Config, to_json
+from lwd_jax.errors import UserError
+from lwd_jax.parallel import processes
 from lwd_jax.report.previews import make_previews
 from lwd_jax.train.loop import Outcome
 from lwd_jax.train.loop import run as loop
@@ -23,8 +28,14 @@ def arguments(parser) -> None:
     parser.add_argument("--config", required=True, help="file of configs/, or a config.json; --config.a.b=value")
     parser.add_argument("--workdir", required=True, help="folder of the run: new, or the run to resume")
     parser.add_argument(
-        "--distributed", action="store_true", help="one of several hosts of the same run; each gets this command"
-    )
+        "--distributed", choices=processes.MODES, nargs="?", const="on", default="auto",
+        help="join the other processes of the run: auto (the default) where the environment names them, as above; on "
+        "(also plain --distributed) wherever jax can find them, under Open MPI say; off: never",
+    )  # fmt: skip
+    parser.add_argument(
+        "--join_timeout", type=int, default=processes.WAIT, metavar="SECONDS",
+        help="how long to wait for all processes to come (%(default)s)",
+    )  # fmt: skip
 
 
 def train(config: Config, workdir: str | Path) -> Outcome:
@@ -33,6 +44,11 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     Raises:
       UserError: whatever is missing or does not fit, and which.
     """
+    _check_workdir(workdir)
+    processes.agree(
+        f"{to_json(config)} {workdir}",
+        "The processes of this run were not started with the same config and workdir: give each the same command.",
+    )
     setup = make_setup(config)
     previews = make_previews(config, setup, Path(workdir)) if config.training.preview_every else None
     return loop(
@@ -47,19 +63,32 @@ def train(config: Config, workdir: str | Path) -> Outcome:
     )
 
 
+def _check_workdir(workdir: str | Path) -> None:
+    if "://" in str(workdir):  # as a path it would be a folder of that name right here
+        raise UserError(
+            f"--workdir must be a folder, but '{workdir}' is an address: mount the bucket (gcsfuse does) and name the "
+            "folder in it."
+        )
+
+
 def run(args) -> int:
     config = read_config(args.config, args.overrides)
-    if args.distributed:
-        jax.distributed.initialize()
+    _check_workdir(args.workdir)
+    processes.join(args.distributed, args.join_timeout)
     outcome = train(config, args.workdir)
-    if outcome.signal:
-        name = signal.Signals(outcome.signal).name
-        print(
+    name = signal.Signals(outcome.signal).name if outcome.signal else ""
+    if name:
+        last = (
             f"Stopped by {name} at step {outcome.step} of {config.training.steps}, saved in {args.workdir}. Next: the "
             "same command resumes."
         )
-        return 128 + outcome.signal
-    following = {1: "lwd encode --dataset DATASET --out LATENTS", 2: "lwd sample --prompt TEXT --out D"}[config.stage]
-    models = shlex.quote(args.workdir)
-    print(f"Trained to step {outcome.step}, saved in {args.workdir}. Next: {following} --models {models}")
-    return 0
+    else:
+        following = {1: "lwd encode --dataset DATASET --out LATENTS", 2: "lwd sample --prompt TEXT --out D"}
+        models = shlex.quote(args.workdir)
+        last = (
+            f"Trained to step {outcome.step}, saved in {args.workdir}. Next: {following[config.stage]} "
+            f"--models {models}"
+        )
+    if jax.process_index() == 0:
+        print(last)
+    return 128 + outcome.signal if outcome.signal else 0

@@ -164,7 +164,7 @@ def _previewed(previews: Previews, step: int, state: State, mesh: Mesh) -> tuple
     """The previews' metrics, named preview/.., and the seconds they took."""
     jax.block_until_ready(state.step)
     start = time.perf_counter()
-    with jax.set_mesh(mesh):  # as the step is: models read it
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as the step is: models read it
         found = previews(step, eval_params(state))
     metrics = {f"preview/{name}": float(value) for name, value in found.items()}
     return metrics, time.perf_counter() - start
@@ -204,7 +204,7 @@ def run(
         closing.callback(profiler.close)
         training, total = config.training, config.training.steps
         saved = saved_steps(workdir)
-        agree(str(saved), f"{workdir} does not hold the same checkpoints for all processes: they must share the workdir.")
+        agree(str(saved), f"{workdir} does not hold the same checkpoints for all processes: they must share it.")
         # Weights that do not fit are a mistake to be told of before anything is written.
         state, position = None if saved else _first_state(program, config, params), None
         workdir.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,8 @@ def run(
         previewing = previews is not None and training.preview_every > 0
         if first == 0 and previewing:
             writer.write(0, _previewed(previews, 0, state, mesh)[0])
-        key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+        # Made on every device: a device_put moves no key to the devices of other processes.
+        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
 
         for step in range(first + 1, total + 1):
             # Train

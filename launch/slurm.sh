@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Runs `lwd train` on GPU nodes under SLURM: one task on each node, which takes all its GPUs. See --help.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash launch/slurm.sh [--nodes N] [--gpus N] [--retries N] [--dry_run] [options of sbatch]
+         -- [arguments of lwd train]
+
+Installs this checkout with the extra [cuda] in its .venv (which all nodes must see) and submits a job with sbatch. Five
+minutes before the job's time limit, and when it is preempted, all processes save at the same step; the job is then put
+back in the queue and resumes.
+
+  --nodes N     (1)
+  --gpus N      of each node (8)
+  --retries N   how many times the job may be put back (10)
+  --dry_run     print the command, submit nothing
+
+example:
+  bash launch/slurm.sh --nodes 4 --gpus 8 --partition=gpu --time=12:00:00 -- \
+    --config=configs/stage2_sd3_1024.py --workdir=/shared/runs/stage2 --config.data.latents=/shared/latents
+TEXT
+}
+
+die() {
+  echo "slurm.sh: $1" >&2
+  exit 2
+}
+
+job() { # in the job: ROOT RETRIES [arguments of lwd train]
+  local root="$1" retries="$2" code=0
+  shift 2
+  trap : TERM # is for the tasks, which get it too; this waits for their exit code
+  # Tasks that save end one after the other: the first must not have the rest killed.
+  srun --ntasks-per-node=1 --kill-on-bad-exit=0 "$root/.venv/bin/lwd" train "$@" || code=$?
+  if ((code == 143 && ${SLURM_RESTART_COUNT:-0} < retries)); then
+    exec scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code"
+}
+
+if [[ "${1:-}" == job && "${SLURM_JOB_ID:-}" ]]; then
+  job "${@:2}"
+fi
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+nodes=1 gpus=8 retries=10 dry_run='' options=()
+while (($#)); do
+  case "$1" in
+    --nodes | --gpus | --retries)
+      (($# > 1)) || die "$1 needs a value."
+      printf -v "${1#--}" '%s' "$2"
+      shift
+      ;;
+    --dry_run) dry_run=yes ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    --)
+      shift
+      break
+      ;;
+    --*=*) options+=("$1") ;;
+    *) die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --." ;;
+  esac
+  shift
+done
+[[ "$nodes$gpus$retries" =~ ^[0-9]+$ ]] || die "--nodes, --gpus and --retries must be whole numbers."
+command=(
+  sbatch --job-name=lwd --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" --requeue --open-mode=append
+  --signal=TERM@300 ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" job "$root" "$retries" "$@"
+)
+if [[ "$dry_run" ]]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit
+fi
+# shellcheck source=launch/setup_venv.sh
+source "$root/launch/setup_venv.sh"
+setup_venv "$root" cuda
+"${command[@]}"

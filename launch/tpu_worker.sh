@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# What tpu_run.sh does on a worker of a TPU slice, in the copy of the checkout that it brought:
+#   setup EXTRAS [BUCKET] | start WORKDIR [arguments of lwd train] | follow | status | stop
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$PWD"
+log="$root/run.log" pid="$root/run.pid" ended="$root/run.ended"
+
+running() { [[ -f "$pid" ]] && kill -0 "$(cat "$pid")" 2>/dev/null; }
+
+setup() {
+  if [[ "${2:-}" ]] && ! mountpoint -q /mnt/bucket; then
+    sudo mkdir -p /mnt/bucket
+    sudo chown "$USER" /mnt/bucket
+    gcsfuse --implicit-dirs "$2" /mnt/bucket
+  fi
+  local python=python3
+  if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then # the images' own may be older
+    python3 -m pip install --quiet --user uv
+    python3 -m uv python install --quiet 3.12
+    python="$(python3 -m uv python find 3.12)"
+  fi
+  # shellcheck source=launch/setup_venv.sh
+  source launch/setup_venv.sh
+  PYTHON="$python" setup_venv "$root" "$1"
+}
+
+start() {
+  if running; then
+    echo "lwd train is running here already"
+    return
+  fi
+  rm -f "$ended"
+  # In a session of its own: it outlives the connection that started it.
+  setsid nohup bash launch/tpu_worker.sh train "$@" >"$log" 2>&1 </dev/null &
+  echo $! >"$pid"
+}
+
+train() {
+  local code=0
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$1/compiled}"
+  trap : TERM # is for lwd, which gets it too; this waits for its exit code
+  .venv/bin/lwd train --workdir="$1" "${@:2}" || code=$?
+  echo "$code" >"$ended"
+}
+
+follow() { tail -n +1 -F --pid="$(cat "$pid")" "$log" 2>/dev/null; }
+
+status() { if running; then echo running; else cat "$ended"; fi; }
+
+stop() { if running; then kill -TERM -- "-$(cat "$pid")"; fi; } # the whole session
+
+"$@"

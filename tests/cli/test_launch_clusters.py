@@ -1,0 +1,295 @@
+"""The cluster launchers, with stand-ins for gcloud, kubectl and SLURM that record their words: every argument arrives
+as it was given, preemption makes a new slice so many times, --dry_run runs nothing.
+
+The stand-in for `gcloud ... ssh` has a shell read --command, in a folder for each worker, as sshd would.
+"""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+HOSTILE = [
+    "--config=configs/two words.py", "it's \"quoted\"", "$(touch pwned)", "`touch pwned`", "line\nbreak", "back\\slash",
+    "*", "", "; touch pwned &", "a && touch pwned | cat", "~", "$HOME", "$$", "$(HOME)", "ünïcode", "tab\there", "%s",
+    "!!", "--", "#x", "\\n", "{a,b}",
+]  # fmt: skip
+GCLOUD = """
+import json, os, pathlib, shutil, subprocess, sys
+fake, words = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
+with open(fake / "gcloud", "a") as file:
+    file.write(json.dumps(words) + "\\n")
+state, kind, verb = fake / "state", words[2], words[3]
+value = {w.partition("=")[0]: w.partition("=")[2] for w in words if w.startswith("--")}
+workers = [fake / f"worker{i}" for i in range(2)]
+chosen = workers if value.get("--worker") == "all" else workers[:1]
+if verb == "create":
+    state.write_text("READY")
+    [worker.mkdir() for worker in workers]
+elif verb == "delete":
+    state.unlink()
+    [shutil.rmtree(worker) for worker in workers]
+elif verb == "describe":
+    if not state.exists():
+        sys.exit(1)
+    found = state.read_text()
+    print({"READY": "ACTIVE", "PREEMPTED": "SUSPENDED"}[found] if kind == "queued-resources" else found)
+elif state.read_text() != "READY":
+    sys.exit(255)
+elif verb == "scp":
+    [shutil.copy(words[4], worker / words[5].partition(":")[2]) for worker in chosen]
+elif verb == "ssh":
+    sys.exit(max(subprocess.run(["bash", "-c", value["--command"]], cwd=worker).returncode for worker in chosen))
+"""
+RECORD = """
+import json, os, pathlib, sys
+name, fake = pathlib.Path(sys.argv[0]).name, pathlib.Path(os.environ["FAKE"])
+given = "" if sys.stdin.isatty() or name != "kubectl" else sys.stdin.read()
+with open(fake / name, "a") as file:
+    file.write(json.dumps({"words": sys.argv[1:], "stdin": given}) + "\\n")
+sys.exit(int(os.environ.get(f"{name}_CODE", 0)))
+"""
+# `python3 -m venv FOLDER` puts this lwd into it: it notes its words, and plays the next line of the file `plays`.
+LWD = """
+import json, os, pathlib, sys
+fake, worker = pathlib.Path(os.environ["FAKE"]), pathlib.Path.cwd().parent.name
+log = fake / f"lwd.{worker}"
+turn = len(log.read_text().splitlines()) if log.exists() else 0
+with open(log, "a") as file:
+    file.write(json.dumps([os.environ["JAX_COMPILATION_CACHE_DIR"], *sys.argv[1:]]) + "\\n")
+print(f"{worker} turn {turn}", flush=True)
+play = (fake / "plays").read_text().split()[turn]
+if play == "preempted":
+    (fake / "state").write_text("PREEMPTED")
+    sys.exit(143)
+sys.exit(int(play))
+"""
+PYTHON = """
+import os, pathlib, shutil, sys
+if "venv" in sys.argv:
+    (folder := pathlib.Path(sys.argv[-1]) / "bin").mkdir(parents=True)
+    for name, source in (("python", "python3"), ("lwd", "lwd")):
+        shutil.copy(pathlib.Path(os.environ["FAKE"]) / "bin" / source, folder / name)
+elif "--version" in sys.argv:
+    print("Python 3.11.0")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Programs that stand in for others, in front of the path; `fake / NAME` is what they were told."""
+    (tmp_path / "bin").mkdir()
+    programs = dict.fromkeys(("sudo", "gcsfuse", "mountpoint", "kubectl", "sbatch", "srun", "scontrol"), RECORD)
+    programs |= {"gcloud": GCLOUD, "lwd": LWD, "python3": PYTHON}
+    for name, text in programs.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!{sys.executable} -IS\n{text}")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "plays").write_text("0\n" * 9)
+    return tmp_path
+
+
+def launch(fake, script, *words, code=0, **variables):
+    environ = os.environ | {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}", "USER": "me"} | variables
+    ran = subprocess.run(
+        ["bash", str(LAUNCH / script), *words], cwd=fake, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == code, ran.stdout + ran.stderr
+    assert not list(fake.rglob("pwned"))
+    return ran.stdout + ran.stderr
+
+
+def told(fake, name):
+    file = fake / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def verbs(fake):
+    """The gcloud commands that change something."""
+    return [f"{words[2]} {words[3]}" for words in told(fake, "gcloud") if words[3] in ("create", "delete")]
+
+
+TPU = ("--name", "a", "--zone", "z", "--type", "v5litepod-8", "--workdir", "/shared/my run", "--poll", "0")
+
+
+def test_a_slice_is_made_and_every_worker_gets_every_word(fake):
+    said = launch(fake, "tpu_run.sh", *TPU, "--project", "my project", "--", *HOSTILE)
+    for worker in ("worker0", "worker1"):
+        words = ["train", "--workdir=/shared/my run", *HOSTILE]
+        assert told(fake, f"lwd.{worker}") == [["/shared/my run/compiled", *words]]
+    assert "worker0 turn 0" in said and "worker1 turn" not in said and "still there" in said
+    calls = told(fake, "gcloud")
+    assert verbs(fake) == ["tpu-vm create"]
+    assert all({"--zone=z", "--project=my project"} <= set(words) for words in calls)
+    created = next(words for words in calls if words[3] == "create")
+    assert "--accelerator-type=v5litepod-8" in created and "--version=v2-alpha-tpuv5-lite" in created
+    assert "--spot" not in created
+
+
+def test_a_preempted_slice_is_made_again_and_the_run_goes_on(fake):
+    (fake / "plays").write_text("preempted preempted 0")
+    options = ("--spot", "--queued", "--bucket", "my bucket", "--fetch", str(fake / "mine"), "--delete")
+    (workdir := fake / "shared run").mkdir()
+    (workdir / "metrics.jsonl").write_text("{}")
+    said = launch(fake, "tpu_run.sh", *TPU, "--workdir", str(workdir), *options, "--", *HOSTILE, mountpoint_CODE="1")
+    assert told(fake, "gcsfuse")[0]["words"] == ["--implicit-dirs", "my bucket", "/mnt/bucket"]
+    assert verbs(fake) == ["queued-resources create", "queued-resources delete"] * 3
+    assert "making it again (2 of 10)" in said and len(told(fake, "lwd.worker1")) == 3
+    assert {tuple(words) for words in told(fake, "lwd.worker0")} == {
+        (f"{workdir}/compiled", "train", f"--workdir={workdir}", *HOSTILE)
+    }
+    assert all("--spot" in words for words in told(fake, "gcloud") if words[3] == "create")
+    assert (fake / "mine" / "metrics.jsonl").read_text() == "{}"
+
+
+def test_preemption_ends_after_so_many_times(fake):
+    (fake / "plays").write_text("preempted " * 9)
+    said = launch(fake, "tpu_run.sh", *TPU, "--retries", "1", "--", *HOSTILE, code=2)
+    assert verbs(fake) == ["tpu-vm create", "tpu-vm delete", "tpu-vm create"]
+    assert said.splitlines()[-1] == "tpu_run.sh: a was preempted 2 times; the same command resumes the run."
+
+
+@pytest.mark.parametrize("code", [1, 2, 143])
+def test_a_run_that_fails_on_a_sound_slice_is_not_repeated(fake, code):
+    (fake / "plays").write_text(f"{code} 0")
+    launch(fake, "tpu_run.sh", *TPU, "--", *HOSTILE, code=code)
+    assert verbs(fake) == ["tpu-vm create"] and len(told(fake, "lwd.worker0")) == 1
+
+
+def test_a_slice_that_is_there_is_used(fake):
+    (fake / "state").write_text("READY")
+    for worker in ("worker0", "worker1"):
+        (fake / worker).mkdir()
+    launch(fake, "tpu_run.sh", *TPU, "--delete", "--", *HOSTILE)
+    assert verbs(fake) == ["tpu-vm delete"] and len(told(fake, "lwd.worker1")) == 1
+
+
+def words_of(line, fake):
+    """What a shell makes of a printed command."""
+    script = f"printf '%s\\0' {line}"
+    return subprocess.run(["bash", "-c", script], cwd=fake, capture_output=True, text=True).stdout.split("\0")[:-1]
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(fake):
+    said = launch(fake, "tpu_run.sh", *TPU, "--dry_run", "--fetch", "mine", "--delete", "--", *HOSTILE)
+    assert not told(fake, "gcloud") and not (fake / "mine").exists()
+    commands = [words_of(line, fake) for line in said.splitlines()]
+    known = [words[4] for words in commands if words[0] == "gcloud"]
+    assert known == ["describe", "create", "scp", *["ssh"] * 5, "delete"]  # setup, start, follow, status, fetch
+    start = next(words for words in commands if "start" in words[-1])
+    remote = next(word for word in start if word.startswith("--command=")).removeprefix("--command=")
+    assert words_of(remote, fake)[-len(HOSTILE) :] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--name", "a"), "--zone is missing"),
+        ((*TPU, "--config=x"), "no option '--config=x'"),
+        ((*TPU, "--type", "v4-8"), "--runtime"),
+        ((*TPU, "--retries", "many"), "whole numbers"),
+        (("--name",), "--name needs a value"),
+    ],
+)
+def test_mistakes_of_launching_are_one_sentence(fake, words, message):
+    said = launch(fake, "tpu_run.sh", *words, code=2)
+    assert message in said and len(said.splitlines()) == 1 and not told(fake, "gcloud")
+
+
+# ------------------------------------------------------------------------------------------------------- JobSet
+
+JOBSET = ("--name", "a", "--image", "i", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4")
+
+
+def expanded(word):
+    """A word of a pod's command, as Kubernetes hands it on: $(NAME) is a variable, $$ a dollar."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found.group() == "$$" else "EXPANDED", word)
+
+
+def test_a_jobset_carries_every_word(fake):
+    yaml = pytest.importorskip("yaml")
+    options = ("--workdir", "/mnt/bucket/it's", "--slices", "2", "--spot", "--retries", "3", "--bucket", "my-bucket")
+    launch(fake, "gke_jobset.sh", *JOBSET, *options, "--namespace", "ns", "--", *HOSTILE, "\x01\x1b\x7f&")
+    (call,) = told(fake, "kubectl")
+    assert call["words"] == ["apply", "--namespace=ns", "--filename=-"]
+    found = yaml.safe_load(call["stdin"])
+    assert found["kind"] == "JobSet" and found["spec"]["failurePolicy"]["maxRestarts"] == 3
+    (group,) = found["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (group["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 4, 4, 0)
+    assert container["command"] == ["lwd", "train"]
+    assert [expanded(word) for word in container["args"]] == ["--workdir=/mnt/bucket/it's", *HOSTILE, "\x01\x1b\x7f&"]
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert container["env"] == [{"name": "JAX_COMPILATION_CACHE_DIR", "value": "/mnt/bucket/it's/compiled"}]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+
+
+def test_a_dry_jobset_is_printed_only(fake):
+    yaml = pytest.importorskip("yaml")
+    said = launch(fake, "gke_jobset.sh", *JOBSET, "--workdir", "w", "--dry_run", "--", *HOSTILE)
+    assert yaml.safe_load(said)["metadata"]["name"] == "a" and not told(fake, "kubectl")
+    said = launch(fake, "gke_jobset.sh", *JOBSET, "--workdir", "w", "--chips", "3", code=2)
+    assert "do not divide into pods of 3" in said
+
+
+# -------------------------------------------------------------------------------------------------------- SLURM
+
+
+@pytest.fixture
+def checkout(fake):
+    """A copy of the launchers whose .venv the stand-in for Python makes."""
+    root = fake / "check out"
+    shutil.copytree(LAUNCH, root / "launch")
+    shutil.copy(LAUNCH.parent / "setup.py", root)
+    return root
+
+
+def test_a_slurm_job_carries_every_word(fake, checkout):
+    script = str(checkout / "launch" / "slurm.sh")
+    launch(fake, script, "--nodes", "4", "--gpus", "2", "--partition=big one", "--retries", "1", "--", *HOSTILE)
+    (call,) = told(fake, "sbatch")
+    options = {"--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=2", "--requeue", "--partition=big one"}
+    assert options <= set(call["words"])
+    job = call["words"][call["words"].index(script) + 1 :]
+    assert job[-len(HOSTILE) :] == HOSTILE
+    # SLURM runs a copy of the script with these words. 143: it was told to stop, and has saved.
+    spooled = shutil.copy(script, fake / "spooled")
+    for count, requeued in (("0", 1), ("1", 0)):
+        code = 0 if requeued else 143
+        launch(fake, spooled, *job, code=code, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=count, srun_CODE="143")
+        assert len(told(fake, "scontrol")) == 1
+    assert told(fake, "scontrol")[0]["words"] == ["requeue", "7"]
+    step = told(fake, "srun")[0]["words"]
+    assert step[step.index(f"{checkout}/.venv/bin/lwd") + 1 :] == ["train", *HOSTILE] and "--ntasks-per-node=1" in step
+    launch(fake, spooled, *job, code=1, SLURM_JOB_ID="7", srun_CODE="1")
+    assert len(told(fake, "scontrol")) == 1
+
+
+def test_a_dry_slurm_job_is_printed_only(fake):
+    said = launch(fake, "slurm.sh", "--dry_run", "--", *HOSTILE)
+    assert words_of(said.rstrip("\n"), fake)[-len(HOSTILE) :] == HOSTILE and not told(fake, "sbatch")
+
+
+# ---------------------------------------------------------------------------------------------------------- all
+
+
+@pytest.mark.parametrize("script", ["tpu_run.sh", "gke_jobset.sh", "slurm.sh"])
+def test_help_shows_an_example(fake, script):
+    assert f"example:\n  bash launch/{script} " in launch(fake, script, "--help")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_launchers_are_clean():
+    ran = subprocess.run(["shellcheck", "-x", *map(str, LAUNCH.glob("*.sh"))], cwd=LAUNCH.parent, capture_output=True)
+    assert ran.returncode == 0, ran.stdout.decode()
