@@ -1,5 +1,5 @@
-"""The mesh that a program is traced for, as models see it: `jax.set_mesh(mesh)` around the call; without one, nothing
-is constrained.
+"""The mesh that a program is traced for, as models see it: `jax.sharding.use_abstract_mesh` around the call;
+without one, nothing is constrained.
 
 A residual stream [B L D] lies over (data, fsdp) by picture and over `context` by position.
 """

@@ -66,12 +66,12 @@ class Step:
         return jax.device_put(self._loss, replicated(self._mesh))
 
     def __call__(self, state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
-        with jax.set_mesh(self._mesh):
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             return self._jitted(self._placed, state, batch, key)
 
     def lower(self, state: State, batch: Any, key: jax.Array):
         """As of a jitted function; abstract arguments will do."""
-        with jax.set_mesh(self._mesh):
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             return self._jitted.lower(self._loss, state, batch, key)
 
     def compile(self, state: State, batch: Any, key: jax.Array) -> Callable:

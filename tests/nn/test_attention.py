@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn import attention as room
@@ -160,9 +160,10 @@ def test_a_mesh_changes_nothing(shape, heads, way):
 
     given = [kind[:3] for kind in kinds]
     alone = jax.jit(jax.grad(value, has_aux=True))(given)
-    with jax.set_mesh(mesh):
-        over = jax.jit(jax.grad(value, has_aux=True))(given)
-        text = jax.jit(jax.grad(value, has_aux=True)).lower(given).compile().as_text()
+    given = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(jax.grad(value, has_aux=True)).lower(given).compile()
+    over, text = compiled(given), compiled.as_text()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), jax.device_get(over), jax.device_get(alone))
     assert exchange(heads // (shape[3] if heads % shape[3] == 0 else 1), shape[2]) == way
     assert ("all-to-all" in text) == (way == "ulysses") and ("all-gather" in text) >= (way == "gather")
@@ -173,8 +174,8 @@ def test_keys_of_one_device_only_are_noticed(monkeypatch):
     monkeypatch.setattr(room, "exchange", lambda heads, parts: "none")
     mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4, 1), AXES)
     kinds = kinds_of(4, (13, 7))
-    with jax.set_mesh(mesh):
-        over = jax.jit(joint_attention)(*kinds)[0]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        over = jax.jit(joint_attention)(*jax.device_put(kinds, NamedSharding(mesh, PartitionSpec())))[0]
     assert np.abs(over - joint_attention(*kinds)[0]).max() > 1e-2
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_stage import toy_batch, toy_config, toy_stage
+from toy_stage import toy_batch, toy_config, toy_params, toy_stage
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
@@ -156,13 +156,16 @@ def test_average_of_schedule_free_is_its_own():
     assert largest_difference(state.params, eval_params(state)) > 1e-4
 
 
-def test_average_of_bfloat16_parameters_is_float32():
-    """At .9998 a bfloat16 average would not move."""
-    program = one_device(CONFIG)
-    params = program.init(jax.random.key(0)).params
-    state = program.init(jax.random.key(0), jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.ema)} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(eval_params(state))} == {jnp.dtype("bfloat16")}
+def test_what_trains_is_float32_and_what_is_frozen_keeps_its_dtype():
+    """A bfloat16 weight does not move at the learning rates in use, nor a bfloat16 average at .9998."""
+    frozen = (r"^conv_out/",)
+    program = build_program(CONFIG, make_mesh(configs.Mesh(), jax.devices()[:1]), toy_stage(frozen=frozen))
+    given = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), toy_params())
+    state = program.init(jax.random.key(0), given)
+    for tree in (state.params, state.ema, state.opt_state, eval_params(state)):
+        kinds = {path: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if leaf.ndim}
+        assert {kind for path, kind in kinds.items() if "conv_out" not in str(path)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params["conv_out"])} == {jnp.dtype("bfloat16")}
 
 
 def test_no_average():
