@@ -95,7 +95,9 @@ def gradient(run, axes=(1, 1, 1, 1)):
         return accumulated_gradient(stage.loss, params, {}, batch, keys, 1)
 
     sharded = jax.jit(compute, out_shardings=(layouts[0], None))
-    return jax.device_get(sharded(*jax.device_put((start(run.stage), batch_for(run)), layouts)))
+    mesh = program.state.step.sharding.mesh
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as the program's step is
+        return jax.device_get(sharded(*jax.device_put((start(run.stage), batch_for(run)), layouts)))
 
 
 @pytest.mark.slow
@@ -108,7 +110,8 @@ def test_eight_devices_equal_one(stage, axes):
     expected, found = flat(expected), flat(found)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in expected.values()))
     for name in expected:
-        assert np.linalg.norm(expected[name] - found[name]) < 1e-5 * norm, name
+        scale = max(np.linalg.norm(expected[name]), 1e-3 * norm)
+        assert np.linalg.norm(expected[name] - found[name]) < 1e-4 * scale, name
     for name, value in reference.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
