@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": "pictures from a diffusers folder or a workdir",
     "export": "a workdir -> a diffusers folder",
     "import": "a diffusers folder -> a workdir to start from",
+    "plan": "compile a run for a TPU slice on any machine: does it fit, how fast can it be",
     "inspect": "saliency, masks over time and spectra of pictures, as pictures",
     "doctor": "versions, devices, disk, dataset and config sanity",
 }

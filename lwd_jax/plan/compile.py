@@ -1,0 +1,249 @@
+"""A program compiled ahead of time: its memory on a chip, what it moves and what it computes."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from lwd_jax.config import Config
+from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from lwd_jax.plan.count import Operations
+from lwd_jax.plan.hlo import Module, estimated_cycles, memory_bytes
+from lwd_jax.plan.programs import Makers, Planned, planned
+from lwd_jax.plan.topology import Topology
+from lwd_jax.plan.traffic import Traffic, traffic_of
+
+MARGIN = 0.1  # of the memory that is left to the runtime, to fragmentation and to what runs beside the program
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per chip. What is donated lies in `arguments` and is not counted again in `outputs`."""
+
+    arguments: float
+    outputs: float
+    temporaries: float
+    code: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one program on one topology; None where it is not.
+
+    Attributes:
+      program, pictures: which, and how many pictures one run of it works on.
+      mesh: axis -> size.
+      resident: bytes per chip of its arguments, by shape evaluation.
+      memory: by the compiler.
+      peak: bytes per chip, by the compiler: of a program that fits no chip, what it asked for.
+      model: FLOPs of one run, by formula; nothing recomputed.
+      counted: of one run, all that is computed.
+      moved: bytes per chip to and from its memory.
+      cycles: estimated by the compiler, per chip.
+      traffic: between chips.
+      seconds: that tracing and compiling took.
+      missing: what is not known, and why.
+    """
+
+    program: str
+    pictures: int
+    mesh: dict[str, int]
+    resident: float
+    model: float
+    counted: Operations
+    memory: Memory | None = None
+    peak: float | None = None
+    moved: float | None = None
+    cycles: float | None = None
+    traffic: tuple[Traffic, ...] = ()
+    seconds: float = 0.0
+    missing: str = ""
+
+    def fits(self, topology: Topology) -> bool | None:
+        """Whether the peak leaves the margin; None: not known."""
+        if self.peak is None or not topology.chip.hbm:
+            return None
+        return self.memory is not None and self.peak <= limit(topology)
+
+
+def limit(topology: Topology) -> float:
+    """Bytes per device that a program may use."""
+    return (1 - MARGIN) * topology.chip.hbm / topology.chip.devices
+
+
+def mesh_of(config: Config, topology: Topology) -> Any:
+    """The run's mesh on a topology; an AbstractMesh where there are no devices to compile for.
+
+    Raises:
+      UserError: the mesh does not fit the number of chips.
+    """
+    if topology.devices is not None:
+        return make_mesh(config.mesh, topology.devices)
+    return AbstractMesh(mesh_shape(config.mesh, topology.size), AXES)
+
+
+def resident_bytes(arguments: Any) -> float:
+    """Bytes per chip of ShapeDtypeStructs with shardings."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments)
+        )
+    )
+
+
+_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]", re.IGNORECASE)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _asked_for(error: jax.errors.JaxRuntimeError) -> float | None:
+    """Bytes that a program asked for which the compiler refused for its size; None = it was refused for another reason,
+    or does not say.
+    """
+    found = _EXHAUSTED.search(str(error))
+    return float(found[1]) * _UNITS[found[2].upper()] if found else None
+
+
+def _memory(compiled: Any) -> Memory:
+    found = compiled.memory_analysis()
+    return Memory(
+        arguments=float(found.argument_size_in_bytes),
+        outputs=float(found.output_size_in_bytes - found.alias_size_in_bytes),
+        temporaries=float(found.temp_size_in_bytes),
+        code=float(found.generated_code_size_in_bytes),
+    )
+
+
+def _text(compiled: Any, topology: Topology) -> str:
+    """The compiled program; "" where asking for it would end the process (TPU7x, libtpu 0.0.42: a failed check)."""
+    return "" if topology.name.startswith("tpu7x") else compiled.as_text()
+
+
+def evaluate(program: Planned, mesh: Any, topology: Topology) -> Result:
+    """What is known without compiling."""
+    return Result(
+        program=program.name,
+        pictures=program.pictures,
+        mesh=dict(mesh.shape),
+        resident=resident_bytes(program.arguments),
+        model=float(program.model()),
+        counted=program.count(),
+        missing=topology.missing,
+    )
+
+
+def compile_program(program: Planned, mesh: Any, topology: Topology) -> Result:
+    """Compiles a program for the devices of a topology.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
+    """
+    result = evaluate(program, mesh, topology)
+    start = time.perf_counter()
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        asked = _asked_for(error)
+        if asked is None and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        return dataclasses.replace(
+            result, peak=asked, seconds=time.perf_counter() - start, missing="" if asked else f"Does not compile: {said}"
+        )
+    seconds = time.perf_counter() - start
+    memory, text = _memory(compiled), _text(compiled, topology)
+    result = dataclasses.replace(result, memory=memory, peak=memory.peak, seconds=seconds)
+    if not text:
+        return dataclasses.replace(result, missing="The compiled program cannot be read: no traffic, no memory moved.")
+    module = Module(text)
+    return dataclasses.replace(
+        result,
+        moved=memory_bytes(module),
+        cycles=estimated_cycles(module),
+        traffic=tuple(traffic_of(module, dict(mesh.shape))),
+    )
+
+
+def plan_program(config: Config, topology: Topology, makers: Makers, name: str) -> Result:
+    """One program of a run on a topology: compiled where there are devices to compile for.
+
+    Raises:
+      UserError: the config and the topology do not fit.
+    """
+    mesh = mesh_of(config, topology)
+    program = planned(config, mesh, topology.chip.platform, makers, name)
+    if topology.devices is None:
+        return evaluate(program, mesh, topology)
+    return compile_program(program, mesh, topology)
+
+
+# --------------------------------------------------------------------------------------------------- what makes it fit
+
+
+def _with(config: Config, settings: dict[str, Any]) -> Config:
+    """The config with some fields changed: {"remat": "full", "mesh.context": 2}."""
+    for dotted, value in settings.items():
+        section, _, field = dotted.rpartition(".")
+        if section:
+            field, value = section, dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{field: value})
+    return config
+
+
+def _contexts(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
+    """Settings of 2, 4 and 8 chips for one picture; they are taken from `data`, or else from `fsdp`."""
+    data, fsdp, context, _ = mesh_shape(config.mesh, topology.size)
+    for chips in (2, 4, 8):
+        more = max(chips // context, 1)
+        from_data = data % (more * topology.slices) == 0
+        if chips <= context or chips % context or not (from_data or fsdp % more == 0):
+            continue
+        sizes = (data // more, fsdp) if from_data else (data, fsdp // more)
+        settings = dict(zip(("mesh.data", "mesh.fsdp", "mesh.context"), (*sizes, chips)))
+        accumulate = config.optimizer.accumulate * more  # as many chips fewer that take a picture each
+        fits = config.data.batch_size % (accumulate * sizes[0] * sizes[1]) == 0
+        yield settings | ({"optimizer.accumulate": accumulate} if fits else {})
+
+
+def knobs(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
+    """Settings that may make a train step fit, in the order of what they cost: recomputation, smaller parts of the same
+    batch, several chips for one picture.
+    """
+    settings = {}
+    if config.remat != "full":
+        settings["remat"] = "full"
+        yield dict(settings)
+    data, fsdp, *_ = mesh_shape(config.mesh, topology.size)
+    accumulate = config.optimizer.accumulate
+    while config.data.batch_size % (2 * accumulate * data * fsdp) == 0:
+        accumulate *= 2
+        settings["optimizer.accumulate"] = accumulate
+        yield dict(settings)
+    for more in _contexts(_with(config, settings), topology):
+        yield settings | more
+
+
+def suggest(
+    config: Config, topology: Topology, makers: Makers, on_try: Callable[[str, Result], None]
+) -> tuple[str, Result] | None:
+    """(words, result) of the first knob of a train step that makes it fit, or None. Each is compiled.
+
+    Args:
+      on_try: called with every (words, result).
+    """
+    for settings in knobs(config, topology):
+        words = " ".join(f"--config.{name}={value}" for name, value in settings.items())
+        result = plan_program(_with(config, settings), topology, makers, "train")
+        on_try(words, result)
+        if result.fits(topology):
+            return words, result
+    return None

@@ -1,0 +1,137 @@
+"""A plan as a table to read and as JSON."""
+
+import dataclasses
+import math
+from typing import Any
+
+from lwd_jax.config import Config
+from lwd_jax.plan.compile import MARGIN, Result, limit
+from lwd_jax.plan.roofline import Roofline, roofline
+from lwd_jax.plan.topology import GIB, Topology
+
+UNKNOWN = "-"
+
+
+def _gib(size: float | None) -> str:
+    return UNKNOWN if size is None else f"{size / GIB:.2f} GiB"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """With three figures and a prefix: 1.25e12 FLOP -> "1.25 TFLOP"."""
+    if value is None:
+        return UNKNOWN
+    if not value:
+        return f"0 {unit}"
+    power = min(max(math.floor(math.log10(abs(value)) / 3), -3), 6)
+    prefix = ("n", "µ", "m", "", "k", "M", "G", "T", "P", "E")[power + 3]
+    return f"{value / 1000**power:.3g} {prefix}{unit}"
+
+
+def _verdict(result: Result, topology: Topology) -> str:
+    fits = result.fits(topology)
+    return UNKNOWN if fits is None else "fits" if fits else "DOES NOT FIT"
+
+
+def memory_rows(result: Result, topology: Topology) -> dict[str, str]:
+    """Memory per chip: label -> value."""
+    memory = result.memory
+    of = f" of {_gib(topology.chip.hbm / topology.chip.devices)}" if topology.chip.hbm else ""
+    rows = {"state and batch, by shape": _gib(result.resident)}
+    for label, field in (("arguments", "arguments"), ("temporaries", "temporaries"), ("output", "outputs")):
+        rows[label] = _gib(memory and getattr(memory, field))
+    rows["peak"] = (_gib(result.peak) + of) if result.peak is not None else UNKNOWN
+    rows[f"with {MARGIN:.0%} left"] = _verdict(result, topology)
+    return rows
+
+
+def work_rows(result: Result) -> dict[str, str]:
+    """Work of one run: label -> value."""
+    rows = {
+        "FLOPs, by formula": quantity(result.model, "FLOP"),
+        "FLOPs, counted": quantity(result.counted.total, "FLOP"),
+        "of these in kernels": quantity(result.counted.kernels, "FLOP"),
+        "memory moved, a chip": quantity(result.moved, "B"),
+    }
+    for row in result.traffic:
+        rows[f"{row.kind} over {row.axes}"] = f"{quantity(row.sent, 'B')} in {row.count:.0f}"
+    return rows
+
+
+def time_rows(bounds: Roofline | None, runs: int) -> dict[str, str]:
+    """Least times of one run: label -> value."""
+    if bounds is None:
+        return {}
+    return {
+        "least time: compute": quantity(bounds.compute, "s"),
+        "least time: memory": quantity(bounds.memory, "s"),
+        "least time: links": quantity(bounds.links, "s"),
+        "least time: network": quantity(bounds.network, "s"),
+        "binds": bounds.binds,
+        "MFU, at most": f"{bounds.cap:.0%}",
+        "pictures/s, at most": f"{bounds.pictures_per_second:.3g}",
+        "by the compiler's cycles": quantity(bounds.estimated, "s"),
+        "chip-hours, at least": f"{bounds.chip_hours(runs):,.0f}" if runs else UNKNOWN,
+    }
+
+
+def columns(config: Config, topology: Topology, results: list[Result]) -> list[dict[str, str]]:
+    """One column a program: label -> value, in the order of the table."""
+    found = []
+    for result in results:
+        runs = config.training.steps if result.program == "train" else 0
+        head = {"pictures": str(result.pictures)}
+        parts = (memory_rows(result, topology), work_rows(result), time_rows(roofline(result, topology), runs))
+        found.append(head | parts[0] | parts[1] | parts[2] | {"compiled in": quantity(result.seconds or None, "s")})
+    return found
+
+
+def heading(config: Config, topology: Topology, mesh: dict[str, int]) -> str:
+    """What is planned, in one line."""
+    slices = f" x {topology.slices} slices" if topology.slices > 1 else ""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+    hosts = f" on {topology.hosts} hosts" if topology.chip.platform == "tpu" else ""
+    return (
+        f"{config.name or 'run'}: stage {config.stage}, {config.resolution} px, remat {config.remat}, {config.dtype}; "
+        f"{topology.name}{slices}, {topology.chips} chips{hosts}; mesh {axes}"
+    )
+
+
+def text(config: Config, topology: Topology, results: list[Result]) -> str:
+    """The table."""
+    shown = columns(config, topology, results)
+    labels = list(dict.fromkeys(label for column in shown for label in column))
+    cells = [["per chip and run", *(result.program for result in results)]]
+    cells += [[label, *(column.get(label, "") for column in shown)] for label in labels]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+    lines.insert(1, "-" * len(lines[0]))
+    missing = dict.fromkeys(result.missing for result in results if result.missing)
+    return "\n".join([heading(config, topology, results[0].mesh), "", *lines, *(f"\nMissing: {m}" for m in missing)])
+
+
+def as_json(config: Config, topology: Topology, results: list[Result]) -> dict[str, Any]:
+    """The same as numbers: bytes, FLOPs, seconds."""
+    programs = []
+    for result in results:
+        bounds = roofline(result, topology)
+        row = dataclasses.asdict(result) | {"traffic": [part._asdict() for part in result.traffic]}
+        row["counted"] = result.counted._asdict()
+        row["fits"] = result.fits(topology)
+        if bounds is not None:
+            row["roofline"] = dataclasses.asdict(bounds) | {
+                "least": bounds.least,
+                "binds": bounds.binds,
+                "mfu_cap": bounds.cap,
+                "pictures_per_second": bounds.pictures_per_second,
+            }
+        programs.append(row)
+    return {
+        "name": config.name,
+        "topology": topology.name,
+        "slices": topology.slices,
+        "chips": topology.chips,
+        "hosts": topology.hosts,
+        "limit": limit(topology),
+        "config": dataclasses.asdict(config),
+        "programs": programs,
+    }

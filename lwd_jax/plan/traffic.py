@@ -1,0 +1,112 @@
+"""What a compiled program sends between chips: bytes per collective and mesh axis."""
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from lwd_jax.plan.hlo import Module, Run, shapes
+
+# Collective -> bytes that each of n chips sends, over the bytes of its operands, in rings (or, of the last, to all).
+SENT = {
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "collective-broadcast": lambda n: 1,
+    "send": lambda n: 1,  # between slices
+}
+BETWEEN_SLICES = "slices"
+# The TPU compiler fuses an all-reduce with the slice that is kept of it; such a fusion is a reduce-scatter.
+_SCATTERED = re.compile(r"all-reduce-scatter|reduce-scatter")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
+
+
+class Traffic(NamedTuple):
+    """One kind of collective over the same mesh axes, summed over a run of the program, per chip.
+
+    Attributes:
+      kind: a key of SENT.
+      axes: of the mesh, joined by "+"; "slices" between slices.
+      count: how often it runs.
+      sent: bytes that a chip sends, and receives.
+    """
+
+    kind: str
+    axes: str
+    count: float
+    sent: float
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def groups_of(attributes: str, devices: int) -> list[list[int]]:
+    """The groups of devices (numbers in the order of the mesh) that a collective runs in, or its (source, target)
+    pairs.
+    """
+    if match := _PAIRS.search(attributes):
+        return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := _LISTED.search(attributes):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := _IOTA.search(attributes):
+        shape, sides = _numbers(match[1]), _numbers(match[2])
+        ids = np.arange(math.prod(sides)).reshape(sides)
+        ids = ids.transpose(_numbers(match[3])) if match[3] else ids
+        return ids.reshape(shape).tolist()
+    return [list(range(devices))]
+
+
+def axes_of(groups: Iterable[list[int]], mesh: dict[str, int]) -> str:
+    """The mesh axes along which the members of the groups differ, joined by "+"."""
+    sizes = tuple(mesh.values())
+    differ = np.zeros(len(sizes), bool)
+    for group in groups:
+        for a, b in itertools.pairwise(group):
+            differ |= np.array(np.unravel_index(a, sizes)) != np.array(np.unravel_index(b, sizes))
+    return "+".join(axis for axis, differs in zip(mesh, differ) if differs)
+
+
+def _kind(run: Run) -> str | None:
+    operation = run.instruction.operation.removesuffix("-start")
+    if operation not in SENT:
+        return None
+    if operation == "all-reduce" and run.fused and _SCATTERED.search(run.computation):
+        return "reduce-scatter"
+    return operation
+
+
+def traffic_of(module: Module, mesh: dict[str, int]) -> list[Traffic]:
+    """Everything that one run of a program sends, largest first.
+
+    Args:
+      module: the program, of every chip.
+      mesh: its axes and their sizes, in order; the devices are numbered in row-major order.
+    """
+    devices = math.prod(mesh.values())
+    total = defaultdict(lambda: [0.0, 0.0])
+    for run in module.runs:
+        kind = _kind(run)
+        if kind is None:
+            continue
+        axes, factor = BETWEEN_SLICES, 1.0
+        if kind != "send":
+            groups = groups_of(run.instruction.attributes, devices)
+            axes, factor = axes_of(groups, mesh), SENT[kind](max(map(len, groups)))
+        if not axes:
+            continue  # groups of one
+        operands = (module.type_of(run.computation, name) for name in run.instruction.operands)
+        size = sum(shape.size for type_ in operands for shape in shapes(type_))
+        total[kind, axes][0] += run.times
+        total[kind, axes][1] += run.times * factor * size
+    rows = [Traffic(kind, axes, count, sent) for (kind, axes), (count, sent) in total.items()]
+    return sorted(rows, key=lambda row: -row.sent)

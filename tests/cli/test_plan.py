@@ -1,0 +1,63 @@
+"""`lwd plan`: the table and the JSON of real runs, and mistakes in one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lwd_jax.cli import main
+from lwd_jax.plan import topology
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SD3 = f"--config={CONFIGS / 'stage2_sd3_1024.py'}"
+TINY = f"--config={CONFIGS / 'quickstart_stage1.py'}"
+
+
+def test_without_libtpu_the_state_is_evaluated_by_shape(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    file = tmp_path / "plan.json"
+    assert main(["plan", SD3, "--topology", "v5e:4x4", "--program", "encode", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "16 chips on 4 hosts; mesh data 1, fsdp 16, context 1, tensor 1" in shown
+    assert "Missing: Compiling for a TPU slice needs its compiler: pip install libtpu." in shown
+    plan = json.loads(file.read_text())
+    (encode,) = plan["programs"]
+    # 83,819,683 parameters in float32 whole on every chip, and one picture.
+    assert encode["resident"] == pytest.approx(83_819_683 * 4 + 1024 * 1024 * 3, rel=1e-6)
+    assert encode["peak"] is None and encode["fits"] is None
+    assert encode["roofline"]["binds"] == "compute"
+
+
+def test_a_program_compiled_here(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    words = ["plan", TINY, "--topology", "cpu:2", "--program", "decode", "--json", str(file)]
+    assert main([*words, "--config.resolution=64", "--config.data.batch_size=2", "--config.mesh.data=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "compiled decode in" in shown and "temporaries" in shown
+    (decode,) = json.loads(file.read_text())["programs"]
+    assert 0 < decode["memory"]["arguments"] < decode["resident"]  # the encoder lies there too, and is not used
+    assert decode["peak"] == pytest.approx(sum(decode["memory"].values()))
+    assert decode["traffic"] == []  # every picture is its own
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--topology", "v9:4x4"], "no chip kind 'v9'"),
+        (["--topology", "v5e:4"], "2 sides"),
+        (["--topology", "v5e:2x2"], "mesh"),
+        (["--topology", "v5e:4x4", "--json", "/nowhere/plan.json"], "no folder '/nowhere'"),
+        (["--topology", "v5e:4x4", "--config.mesh.fdsp=16"], "Did you mean 'fsdp'"),
+    ],
+)
+def test_mistakes(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    assert main(["plan", SD3, *words]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lwd: ") and message.count("\n") == 1
+    assert said in message
+
+
+def test_stage_1_does_not_sample(capsys):
+    assert main(["plan", TINY, "--topology", "cpu:1", "--program", "sample"]) == 2
+    assert "stage 1 has no program 'sample'" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Laws: what is planned is what the run compiles; what is donated is counted once; the knobs keep the batch whole."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lwd_jax.cli.plan import MAKERS
+from lwd_jax.config import load_config
+from lwd_jax.errors import UserError
+from lwd_jax.objective import lpips
+from lwd_jax.parallel.mesh import mesh_shape
+from lwd_jax.plan import compile as plan
+from lwd_jax.plan.compile import Memory, Result, knobs, plan_program, suggest
+from lwd_jax.plan.count import Operations
+from lwd_jax.plan.programs import abstract_stage, names_of, planned
+from lwd_jax.plan.topology import open_topology, parse
+
+TINY = load_config(
+    {
+        "stage": 2,
+        "resolution": 64,
+        "models": {"autoencoder_variant": "tiny", "backbone_variant": "tiny"},
+        "data": {"batch_size": 8},
+        "mesh": {"data": 2, "fsdp": 4},
+        "sampling": {"steps": 3},
+    }
+)
+STAGE1 = load_config(
+    {"stage": 1, "resolution": 64, "models": {"autoencoder_variant": "tiny"}, "data": {"batch_size": 8}}
+)
+
+
+def test_donated_memory_is_counted_once():
+    """A state of 4 MiB goes in and comes out in the same place, beside 1 MiB of something new."""
+    state, new = jax.ShapeDtypeStruct((1024, 1024), jnp.float32), 1 << 18
+    step = jax.jit(lambda x: (x * 2 + 1, jnp.full(new, x[0, 0])), donate_argnums=0)
+    memory = plan._memory(step.lower(state).compile())
+    assert (memory.arguments, memory.outputs) == (4 << 20, pytest.approx(1 << 20, abs=256))
+    assert memory.peak == memory.arguments + memory.outputs + memory.temporaries + memory.code
+
+
+def test_the_train_step_is_the_one_of_the_run():
+    """It takes the state of which the plan tells the bytes, donated; what it computes holds the recomputation."""
+    topology = open_topology("cpu:8")
+    step = planned(TINY, plan.mesh_of(TINY, topology), "cpu", MAKERS, "train")
+    found = [leaf for leaf in jax.tree.leaves(step.lower().args_info) if leaf.donated]
+    assert len(found) == len(jax.tree.leaves(step.arguments[0]))
+    state, batch = (plan.resident_bytes(part) for part in step.arguments)
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.arguments[0].params))
+    assert 4 * 4 * weights / 4 < state < 4 * 4 * weights and batch > 0  # weights, moments, average; over fsdp 4
+    assert step.count().total == pytest.approx(4 / 3 * step.model(), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    return plan_program(TINY, open_topology("cpu:8"), MAKERS, "sample")
+
+
+def test_arguments_are_those_of_shape_evaluation(sampled):
+    assert sampled.memory.arguments == pytest.approx(sampled.resident, rel=0.01)
+    assert sampled.peak > sampled.resident
+    assert sampled.missing == "" and sampled.seconds > 0
+
+
+def test_the_parameters_are_gathered_over_fsdp(sampled):
+    """Bytes by kind and axis come from the compiled text; nothing crosses `data` but what the halves exchange."""
+    assert sum(row.sent for row in sampled.traffic if row.axes == "fsdp") > 0
+    assert {row.axes for row in sampled.traffic} <= {"data", "fsdp", "data+fsdp"}
+
+
+@pytest.mark.parametrize("name", ["encode", "sample", "decode"])
+def test_what_runs_forward_is_evaluated_by_shape(name):
+    """One picture for each of eight places; nothing is compiled without devices, and the table says so."""
+    topology = parse("cpu:8")._replace(missing="no compiler")
+    found = plan_program(TINY, topology, MAKERS, name)
+    assert (found.pictures, found.memory, found.peak, found.missing) == (8, None, None, "no compiler")
+    assert found.resident > 0
+    # Two halves of guidance, three steps; an autoencoder's formula is the count itself.
+    assert found.counted.total == pytest.approx(found.model, rel=1e-9)
+
+
+def test_lpips_is_planned_without_its_weights(monkeypatch):
+    monkeypatch.setattr(lpips, "_weights", None)  # nobody reads them
+    distance, picture = abstract_stage(STAGE1).loss.args[0], jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(lambda distance, x: distance(x, x), distance, picture).shape == (2,)
+    sizes = {name: leaf.shape for name, leaf in distance.args[0].items()}
+    assert sizes == lpips._shapes()
+
+
+def test_the_programs_of_a_stage():
+    assert names_of(2, "all") == ("train", "encode", "sample", "decode")
+    assert names_of(2, "sample") == ("sample", "decode")
+    assert names_of(1, "all") == ("train", "encode", "decode")
+    with pytest.raises(UserError, match="stage 1 has no program 'sample'"):
+        names_of(1, "sample")
+
+
+def test_a_mesh_of_another_size_is_told():
+    with pytest.raises(UserError, match="mesh"):
+        plan_program(TINY, parse("v5e:2x2"), MAKERS, "train")
+
+
+# ------------------------------------------------------------------------------------------------------------- knobs
+
+
+def test_knobs_keep_the_batch_and_the_chips():
+    config = load_config({"stage": 2, "remat": "none", "data": {"batch_size": 64}, "mesh": {"data": 2, "fsdp": 8}})
+    topology = parse("v5e:4x4")
+    tried = list(knobs(config, topology))
+    assert tried[0] == {"remat": "full"}
+    assert tried[1:3] == [{"remat": "full", "optimizer.accumulate": n} for n in (2, 4)]
+    assert [settings["mesh.context"] for settings in tried[3:]] == [2, 4, 8]
+    for settings in tried[3:]:
+        changed = plan._with(config, settings)
+        data, fsdp, context, _ = mesh_shape(changed.mesh, 16)
+        assert (data * fsdp * context, changed.data.batch_size) == (16, 64)
+        assert 64 // changed.optimizer.accumulate == data * fsdp  # one picture at a time in each place
+    assert config.remat == "none"  # the config given is as it was
+
+
+def test_the_first_knob_that_fits_is_suggested(monkeypatch):
+    """The compiler here says what a run takes: 20 GiB, 17 under full remat, half of it on two chips."""
+    topology, tried = parse("v5e:4x4"), []
+
+    def sized(config, topology, makers, name):
+        size = (17 if config.remat == "full" else 20) / config.mesh.context * 2**30
+        return Result(name, 16, {}, 0.0, 1.0, Operations(), memory=Memory(size, 0, 0), peak=size)
+
+    monkeypatch.setattr(plan, "plan_program", sized)
+    config = load_config({"stage": 2, "remat": "none", "data": {"batch_size": 16}, "mesh": {"fsdp": 16}})
+    words, result = suggest(config, topology, MAKERS, lambda words, result: tried.append(words))
+    assert tried[0] == "--config.remat=full" and words == tried[-1]
+    assert "--config.mesh.context=2" in words and "--config.mesh.fsdp=8" in words
+    assert result.fits(topology)
+    assert len(tried) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- TPU
+
+
+def test_a_tpu_slice():
+    """A tiny run for eight chips of v5e: gathers over fsdp, the compiler's cycles and memory, on a machine without."""
+    pytest.importorskip("libtpu")
+    found = plan_program(TINY, open_topology("v5e:2x4"), MAKERS, "decode")
+    assert found.peak > found.memory.arguments >= found.resident
+    assert found.cycles > 0 and found.moved > 0
