@@ -136,8 +136,8 @@ def _lines(name: str, row: Row, found: dict | str):
         sent = sum(part["sent"] for part in program["traffic"]) / 1e9
         fast = f"MFU <= {bounds['mfu_cap']:.0%} ({bounds['binds']})" if bounds else ""
         yield (
-            f"{head}  {program['program']}: {size} a chip, {limit}: {'yes' if met else 'NO'}; {sent:.2f} GB sent a chip, "
-            f"{fast}; compiled in {program['seconds']:.0f} s"
+            f"{head}  {program['program']}: {size} a chip, {limit}: {'yes' if met else 'NO'}; {sent:.2f} GB sent a "
+            f"chip, {fast}; compiled in {program['seconds']:.0f} s"
         )
 
 

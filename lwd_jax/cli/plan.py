@@ -14,8 +14,9 @@ import jax
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
-from lwd_jax.plan.compile import Result, plan_program, suggest
+from lwd_jax.plan.compile import plan_program, suggest
 from lwd_jax.plan.programs import Makers, names_of
+from lwd_jax.plan.result import Result
 from lwd_jax.plan.table import as_json, quantity, text
 from lwd_jax.plan.topology import GIB, Topology, open_topology, parse
 from lwd_jax.sample.generate import make_decoder, make_sampler
@@ -35,6 +36,7 @@ def arguments(parser) -> None:
         help="what to compile; sample decodes too (default %(default)s)",
     )
     parser.add_argument("--suggest", action="store_true", help="if the train step does not fit, try what makes it fit")
+    parser.add_argument("--fresh", action="store_true", help="compile again what is kept from an earlier plan")
     parser.add_argument("--json", help="file to write the figures to")
 
 
@@ -65,7 +67,7 @@ def run(args) -> None:
         _check_writable(args.json)
     results = []
     for name in names_of(config.stage, args.program):
-        result = plan_program(config, topology, MAKERS, name)
+        result = plan_program(config, topology, MAKERS, name, args.fresh)
         if result.seconds:
             print(f"compiled {name} in {quantity(result.seconds, 's')}", flush=True)
         results.append(result)

@@ -5,7 +5,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,72 +12,12 @@ from jax.sharding import AbstractMesh
 
 from lwd_jax.config import Config
 from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape
-from lwd_jax.plan.count import Operations
+from lwd_jax.plan import cache
 from lwd_jax.plan.hlo import Module, estimated_cycles, memory_bytes
 from lwd_jax.plan.programs import Makers, Planned, planned
+from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.topology import Topology
-from lwd_jax.plan.traffic import Traffic, traffic_of
-
-MARGIN = 0.1  # of the memory that is left to the runtime, to fragmentation and to what runs beside the program
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes per chip. What is donated lies in `arguments` and is not counted again in `outputs`."""
-
-    arguments: float
-    outputs: float
-    temporaries: float
-    code: float = 0.0
-
-    @property
-    def peak(self) -> float:
-        return self.arguments + self.outputs + self.temporaries + self.code
-
-
-@dataclass(frozen=True)
-class Result:
-    """What is known of one program on one topology; None where it is not.
-
-    Attributes:
-      program, pictures: which, and how many pictures one run of it works on.
-      mesh: axis -> size.
-      resident: bytes per chip of its arguments, by shape evaluation.
-      memory: by the compiler.
-      peak: bytes per chip, by the compiler: of a program that fits no chip, what it asked for.
-      model: FLOPs of one run, by formula; nothing recomputed.
-      counted: of one run, all that is computed.
-      moved: bytes per chip to and from its memory.
-      cycles: estimated by the compiler, per chip.
-      traffic: between chips.
-      seconds: that tracing and compiling took.
-      missing: what is not known, and why.
-    """
-
-    program: str
-    pictures: int
-    mesh: dict[str, int]
-    resident: float
-    model: float
-    counted: Operations
-    memory: Memory | None = None
-    peak: float | None = None
-    moved: float | None = None
-    cycles: float | None = None
-    traffic: tuple[Traffic, ...] = ()
-    seconds: float = 0.0
-    missing: str = ""
-
-    def fits(self, topology: Topology) -> bool | None:
-        """Whether the peak leaves the margin; None: not known."""
-        if self.peak is None or not topology.chip.hbm:
-            return None
-        return self.memory is not None and self.peak <= limit(topology)
-
-
-def limit(topology: Topology) -> float:
-    """Bytes per device that a program may use."""
-    return (1 - MARGIN) * topology.chip.hbm / topology.chip.devices
+from lwd_jax.plan.traffic import traffic_of
 
 
 def mesh_of(config: Config, topology: Topology) -> Any:
@@ -94,11 +33,8 @@ def mesh_of(config: Config, topology: Topology) -> Any:
 
 def resident_bytes(arguments: Any) -> float:
     """Bytes per chip of ShapeDtypeStructs with shardings."""
-    return float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments)
-        )
-    )
+    leaves = jax.tree.leaves(arguments)
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 _EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]", re.IGNORECASE)
@@ -155,10 +91,8 @@ def compile_program(program: Planned, mesh: Any, topology: Topology) -> Result:
         asked = _asked_for(error)
         if asked is None and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = " ".join(str(error).split())[:200]
-        return dataclasses.replace(
-            result, peak=asked, seconds=time.perf_counter() - start, missing="" if asked else f"Does not compile: {said}"
-        )
+        missing = "" if asked else f"Does not compile: {' '.join(str(error).split())[:200]}"
+        return dataclasses.replace(result, peak=asked, seconds=time.perf_counter() - start, missing=missing)
     seconds = time.perf_counter() - start
     memory, text = _memory(compiled), _text(compiled, topology)
     result = dataclasses.replace(result, memory=memory, peak=memory.peak, seconds=seconds)
@@ -173,8 +107,12 @@ def compile_program(program: Planned, mesh: Any, topology: Topology) -> Result:
     )
 
 
-def plan_program(config: Config, topology: Topology, makers: Makers, name: str) -> Result:
-    """One program of a run on a topology: compiled where there are devices to compile for.
+def plan_program(config: Config, topology: Topology, makers: Makers, name: str, fresh: bool = False) -> Result:
+    """One program of a run on a topology: compiled where there are devices to compile for, or kept from an earlier
+    time.
+
+    Args:
+      fresh: compile it whatever is kept.
 
     Raises:
       UserError: the config and the topology do not fit.
@@ -183,7 +121,15 @@ def plan_program(config: Config, topology: Topology, makers: Makers, name: str) 
     program = planned(config, mesh, topology.chip.platform, makers, name)
     if topology.devices is None:
         return evaluate(program, mesh, topology)
-    return compile_program(program, mesh, topology)
+    if topology.chip.platform != "tpu":  # other devices are this machine's own, of which the key says nothing
+        return compile_program(program, mesh, topology)
+    key = cache.key_of(config, topology, name, program.arguments)
+    kept = None if fresh else cache.read(key)
+    if kept is not None:
+        return kept
+    result = compile_program(program, mesh, topology)
+    cache.write(key, result)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------- what makes it fit

@@ -1,7 +1,7 @@
-"""Floating-point operations of a traced program: the products and convolutions of its jaxpr, after dead code is dropped.
+"""Floating-point operations of a traced program: the products and convolutions of its jaxpr without dead code.
 
-Loops are multiplied, and so are the grids of Pallas kernels, which XLA's cost analysis does not see; what remat computes
-again is there as often as it is computed. Everything else (norms, softmax, optimizer) is not counted.
+Loops are multiplied, and so are the grids of Pallas kernels, which XLA's cost analysis does not see; what remat
+computes again is there as often as it is computed. Everything else (norms, softmax, optimizer) is not counted.
 """
 
 import math
@@ -60,8 +60,8 @@ def _jaxprs(parameters: Any) -> Iterator:
 
 
 def _inside(equation) -> Operations:
-    """Of the jaxprs that an equation holds. One branch of a conditional runs: the largest is counted. Of a `while` whose
-    end is not known the body is counted once.
+    """Of the jaxprs that an equation holds. One branch of a conditional runs: the largest is counted. Of a `while`
+    whose end is not known the body is counted once.
     """
     name, parameters = equation.primitive.name, equation.params
     found = [_operations(jaxpr) for value in parameters.values() for jaxpr in _jaxprs(value)]

@@ -1,8 +1,8 @@
 """The programs of a run - train step, encode, sample, decode - from its config alone: shapes with layouts, and what is
 compiled of them. Of the models only the descriptions are read; no weight is.
 
-The train step is the one that `lwd train` runs, over the whole mesh. Encode, sample and decode are planned over the same
-mesh too, one picture for each place along (data, fsdp), its rows over `context`.
+The train step is the one that `lwd train` runs, over the whole mesh. Encode, sample and decode are planned over the
+same mesh too, one picture for each place along (data, fsdp), its rows over `context`.
 """
 
 import contextlib
@@ -125,7 +125,8 @@ def _abstract_lpips() -> Partial:
 def abstract_stage(config: Config) -> Stage:
     """The stage of a config; of its weights only the shapes."""
     if config.stage == 1:
-        return stage_of(config, open_trained(config), None, 0, _abstract_lpips() if config.reconstruction.lpips else None)
+        perceptual = _abstract_lpips() if config.reconstruction.lpips else None
+        return stage_of(config, open_trained(config), None, 0, perceptual)
     return stage_of(config, open_trained(config), open_autoencoder(config).module.config, text_tokens(config), None)
 
 

@@ -1,12 +1,12 @@
 """The least time that one run of a program can take, and what binds it: arithmetic, memory, links, network.
 
-Every bound is a bound: full peaks, perfect overlap. What a run really reaches lies above it; `estimated` is nearer, from
-the TPU compiler's own cycles where it wrote them.
+Every bound is a bound: full peaks, perfect overlap. What a run really takes lies above it; `estimated` is nearer,
+from the TPU compiler's own cycles where it wrote them.
 """
 
 from dataclasses import dataclass
 
-from lwd_jax.plan.compile import Result
+from lwd_jax.plan.result import Result
 from lwd_jax.plan.topology import Topology
 from lwd_jax.plan.traffic import BETWEEN_SLICES
 

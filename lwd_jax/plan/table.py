@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from lwd_jax.config import Config
-from lwd_jax.plan.compile import MARGIN, Result, limit
+from lwd_jax.plan.result import MARGIN, Result, limit
 from lwd_jax.plan.roofline import Roofline, roofline
 from lwd_jax.plan.topology import GIB, Topology
 

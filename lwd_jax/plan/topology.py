@@ -177,7 +177,9 @@ def _local_devices(topology: Topology) -> list[Any]:
         found = [d for d in found if kind in d.device_kind.lower()]
     if len(found) < topology.size:
         more = " (XLA_FLAGS=--xla_force_host_platform_device_count=N simulates more)" if kind == "cpu" else ""
-        raise UserError(f"Compiling for {topology.name} needs {topology.size} such devices here, not {len(found)}{more}.")
+        raise UserError(
+            f"Compiling for {topology.name} needs {topology.size} such devices here, not {len(found)}{more}."
+        )
     return found[: topology.size]
 
 

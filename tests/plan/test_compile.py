@@ -12,9 +12,10 @@ from lwd_jax.errors import UserError
 from lwd_jax.objective import lpips
 from lwd_jax.parallel.mesh import mesh_shape
 from lwd_jax.plan import compile as plan
-from lwd_jax.plan.compile import Memory, Result, knobs, plan_program, suggest
+from lwd_jax.plan.compile import knobs, plan_program, suggest
 from lwd_jax.plan.count import Operations
 from lwd_jax.plan.programs import abstract_stage, names_of, planned
+from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.topology import open_topology, parse
 
 TINY = load_config(

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from lwd_jax.plan.compile import Memory, Result
 from lwd_jax.plan.count import Operations
+from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.roofline import roofline
 from lwd_jax.plan.topology import GIB, parse
 from lwd_jax.plan.traffic import Traffic

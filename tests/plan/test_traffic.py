@@ -103,7 +103,7 @@ HloModule jit_step, is_scheduled=true
   %next = s32[] add(%i, %one)
   %y = f32[256]{0:T(256)} fusion(%all, %i, %x), kind=kLoop, calls=%layer, backend_config={"estimated_cycles":"500"}
   %all.1 = f32[10,256]{1,0} fusion(%all, %i, %y), kind=kLoop, calls=%update
-  %start = (f32[256]{0}, f32[1024]{0}) all-gather-start(%y), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %start = (f32[256]{0}, f32[1024]{0}) all-gather-start(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %done = f32[1024]{0} all-gather-done(%start)
   %kept = f32[128]{0} fusion(%done), kind=kCustom, calls=%scattered.all-reduce-scatter
   ROOT %state.1 = (s32[], f32[256]{0}, f32[10,256]{1,0}) tuple(%next, %y, %all.1)

@@ -1,0 +1,86 @@
+"""Results of compiled programs, kept in the user's cache: a slice takes minutes to compile for, and says the same again.
+
+A result is found under everything that it depends on: the run's config, the shapes and layouts of the program's
+arguments, the slice, the versions of jax and of the compiler, and the source of this package.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lwd_jax
+from lwd_jax.config import Config, to_json
+from lwd_jax.plan.count import Operations
+from lwd_jax.plan.result import Memory, Result
+from lwd_jax.plan.topology import Topology
+from lwd_jax.plan.traffic import Traffic
+
+_VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def folder() -> Path:
+    """Where results are kept: $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwd_jax" / "plan"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@cache
+def _source() -> str:
+    """A digest of every file of this package."""
+    root, digest = Path(lwd_jax.__file__).parent, hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def key_of(config: Config, topology: Topology, program: str, arguments: Any) -> str:
+    """The name of a result.
+
+    Args:
+      arguments: of the program, ShapeDtypeStructs with shardings: what a folder of models or latents brings in.
+    """
+    shapes = [(x.shape, str(x.dtype), str(x.sharding.spec)) for x in jax.tree.leaves(arguments)]
+    parts = [to_json(config), topology.name, topology.slices, program, shapes, _source()]
+    return hashlib.sha256(json.dumps([*parts, *map(_version, _VERSIONS)]).encode()).hexdigest()
+
+
+def read(key: str) -> Result | None:
+    """The result of a name; None where there is none, or it is not whole."""
+    try:
+        values = json.loads((folder() / f"{key}.json").read_text(encoding="utf-8"))
+        values["counted"] = Operations(**values["counted"])
+        values["memory"] = values["memory"] and Memory(**values["memory"])
+        values["traffic"] = tuple(Traffic(**row) for row in values["traffic"])
+        return Result(**values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write(key: str, result: Result) -> None:
+    """Keeps a result; a cache that cannot be written is done without."""
+    values = dataclasses.asdict(result) | {
+        "counted": result.counted._asdict(),
+        "traffic": [row._asdict() for row in result.traffic],
+    }
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder(), delete=False, encoding="utf-8") as file:
+            json.dump(values, file)
+        os.replace(file.name, folder() / f"{key}.json")
+    except OSError:
+        return
