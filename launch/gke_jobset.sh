@@ -20,7 +20,8 @@ with access to a cluster that has JobSet, and an image with lwd_jax[tpu] and the
   --slices N            (1)
   --spot                on spot nodes
   --retries N           how many times to restart (10)
-  --bucket BUCKET       mount gs://BUCKET as /mnt/bucket in every pod (the cluster's GCS FUSE driver)
+  --bucket BUCKET       mount gs://BUCKET as /mnt/bucket in every pod (the cluster's GCS FUSE driver); one with a
+                        hierarchical namespace, because a checkpoint is committed by renaming its folder
   --service_account SA  of Kubernetes, with access to the bucket
   --namespace NS        (kubectl's own)
   --dry_run             print the manifest, apply nothing

@@ -20,7 +20,8 @@ the run going; the same command finds it again. Needs gcloud, logged in.
   --spot              cheaper, and may be preempted
   --queued            wait in the queue for the slice (a queued resource)
   --retries N         how many times to make a slice again that was preempted (10)
-  --bucket BUCKET     mount gs://BUCKET as /mnt/bucket on every worker, with gcsfuse
+  --bucket BUCKET     mount gs://BUCKET as /mnt/bucket on every worker, with gcsfuse. Make it with a hierarchical
+                      namespace: a checkpoint is committed by renaming its folder
   --extras LIST       extras of setup.py to install (tpu); tpu,lpips for stage 1 with LPIPS
   --fetch DIR         at the end, copy the workdir from worker 0 into DIR
   --delete            at the end, delete the slice

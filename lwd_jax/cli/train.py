@@ -73,11 +73,10 @@ def _check_workdir(workdir: str | Path) -> None:
 
 def run(args) -> int:
     config = read_config(args.config, args.overrides)
-    _check_workdir(args.workdir)
     processes.join(args.distributed, args.join_timeout)
     outcome = train(config, args.workdir)
-    name = signal.Signals(outcome.signal).name if outcome.signal else ""
-    if name:
+    if outcome.signal:
+        name = signal.Signals(outcome.signal).name
         last = (
             f"Stopped by {name} at step {outcome.step} of {config.training.steps}, saved in {args.workdir}. Next: the "
             "same command resumes."

@@ -1,0 +1,259 @@
+"""Runs of several processes: who the environment says they are, and that they train as one process does.
+
+Parameters are compared to 1e-5 and not bit for bit: gloo adds the parts of a gradient up in another order than a single
+process with as many devices does.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import random_params
+
+from lwd_jax.autoencoders import kl, save_autoencoder
+from lwd_jax.cli import main
+from lwd_jax.config import load_config
+from lwd_jax.data.dataset import find_pictures, write_dataset
+from lwd_jax.errors import UserError
+from lwd_jax.parallel import processes
+from lwd_jax.train import metrics
+from lwd_jax.train.checkpoint import DAMAGED, read_params, saved_steps
+from lwd_jax.train.loop import run
+from lwd_jax.train.setup import make_setup
+
+TRAIN = Path(__file__).parents[1] / "train"
+sys.path.append(str(TRAIN))
+from toy_worker import toy_run  # noqa: E402
+
+# ------------------------------------------------------------------------------------------ what the environment says
+
+NAMED = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4",
+}  # fmt: skip
+
+
+def described(environ, chips=False, **metadata):
+    def answer(name, _):
+        return metadata.get(name.replace("-", "_"), "")
+
+    return processes.described(environ, has_chips=lambda _: chips, metadata=answer)
+
+
+def test_nothing_said_is_one_process():
+    assert described({}) is None
+    assert described(SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert described({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}) is None  # no step of srun
+    assert described({}, chips=True, worker_network_endpoints="a:b:10.0.0.1") is None
+    assert described({}, chips=True) is None
+    assert described({"TPU_WORKER_HOSTNAMES": "a,b"}) is None  # and no chips
+
+
+def test_variables_name_the_processes():
+    found = described(NAMED | SLURM, chips=True, worker_network_endpoints="a,b")
+    assert found == {
+        "coordinator_address": "host:1234", "num_processes": 4, "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+
+
+def test_a_task_of_slurm_takes_the_gpus_of_its_node():
+    def devices(**changed):
+        found = described(SLURM | changed)
+        assert found["cluster_detection_method"] == "slurm"
+        return found["local_device_ids"]
+
+    assert devices() == [0, 1, 2, 3]  # alone on its node
+    assert devices(CUDA_VISIBLE_DEVICES="2,5") == [0, 1]
+    assert devices(SLURM_STEP_NUM_NODES="1") is None  # jax's rule: one device a task
+    assert devices(SLURM_STEP_NUM_NODES="1", CUDA_VISIBLE_DEVICES="2") == [0]
+    assert devices(JAX_LOCAL_DEVICE_IDS="1") is None
+    assert described(SLURM | {"JAX_COORDINATOR_ADDRESS": "other:1"})["cluster_detection_method"] == "slurm"
+
+
+def test_hosts_of_a_tpu_slice_are_processes():
+    assert described({}, chips=True, worker_network_endpoints="a:b:10.0.0.1,a:c:10.0.0.2") == {}
+    assert described({"TPU_WORKER_HOSTNAMES": "a,b"}, chips=True) == {}
+    assert described({"TPU_WORKER_HOSTNAMES": "a"}, chips=True, worker_network_endpoints="a,b") is None
+    assert described({}, chips=True, worker_network_endpoints="a", tpu_env="X: 'y'\nMEGASCALE_NUM_SLICES: '2'\n") == {}
+    assert described({"TPU_SKIP_MDS_QUERY": "1"}, chips=True, worker_network_endpoints="a,b") is None
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"JAX_PROCESS_ID": ""}, "not JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "4"}, "has 0 to 3"),
+        ({"JAX_NUM_PROCESSES": "four"}, "whole number, but it is 'four'"),
+        ({"JAX_COORDINATOR_ADDRESS": "host"}, "HOST:PORT"),
+    ],
+)
+def test_variables_that_make_no_sense_are_mistakes(changed, words):
+    with pytest.raises(UserError, match=words):
+        described(NAMED | changed)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def start(root, command, count, only=None):
+    """The processes of one run, one device each, or `only` one of them; with one compilation for all tests."""
+    port = free_port()
+    started = []
+    for number in range(count) if only is None else [only]:
+        environ = os.environ | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen([sys.executable, *map(str, command)], env=environ, **pipes))
+    return started
+
+
+def ended(started, code=0):
+    """What each printed; all must end with the code."""
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), "\n".join(said)
+    return said
+
+
+def assert_same_params(workdir, other):
+    (params, _, step), (others, _, other_step) = read_params(workdir), read_params(other)
+    assert step == other_step
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, others)
+
+
+def assert_same_metrics(workdir, other):
+    lines, others = metrics.read(workdir), metrics.read(other)
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose([line[name] for line in lines], [line[name] for line in others], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_stays_alone_says_so(root, number):
+    code = "from lwd_jax.parallel import processes; processes.join(timeout=2)"
+    (said,) = ended(start(root, ["-c", code], 2, only=number), 2)
+    assert said.strip() == (
+        "lwd: Not all processes of this run came within 2 s: start the same command on every host of it at once."
+    )
+
+
+SMALL = kl.Config(latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
+
+
+@pytest.fixture(scope="module")
+def stage1(root):
+    """The config file of a small run of stage 1."""
+    (root / "images").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(9):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+    paths = find_pictures(root / "images")
+    write_dataset(root / "dataset", root / "images", paths, [("",)] * 9, lambda *_: None)
+    save_autoencoder(root / "vae", kl.AUTOENCODER.build(SMALL), random_params(kl.AUTOENCODER, SMALL, 0))
+    config = {
+        "stage": 1,
+        "resolution": 16,
+        "dtype": "float32",
+        "remat": "none",
+        "models": {"autoencoder": f"{root}/vae", "autoencoder_variant": ""},
+        "data": {"dataset": f"{root}/dataset", "batch_size": 4, "workers": 0, "held_out": 1, "buckets": False},
+        "reconstruction": {"lpips": 0.0, "alpha": 0.0},
+        # Few parameters train, because their updates take longest to compile. A large eps: Adam's own blows the rounding
+        # of gradients that are nearly 0 up to its full step.
+        "optimizer": {"learning_rate": 1e-3, "warmup": 1, "eps": 1e-2, "train_only": ["conv_in"]},
+        "training": {"steps": 4, "ema": 0.9, "log_every": 1, "save_every": 2, "preview_every": 0},
+    }
+    (root / "stage1.json").write_text(json.dumps(config))
+    return root / "stage1.json"
+
+
+def test_an_address_is_no_workdir(stage1, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", f"--config={stage1}", "--workdir=gs://bucket/run"]) == 2
+    assert "'gs://bucket/run' is an address: mount the bucket" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_lwd_train_by_two_processes_is_one_run(root, stage1, tmp_path):
+    config = load_config(json.loads(stage1.read_text()))
+    setup = make_setup(config, jax.devices()[:2])
+    alone = (setup.program, setup.batches, config, tmp_path / "alone", setup.mesh)
+    run(*alone, description=setup.description, params=setup.params)
+    command = ["-m", "lwd_jax.cli", "train", f"--config={stage1}", f"--workdir={tmp_path / 'two'}"]
+    said = ended(start(root, command, 2))
+    assert "Trained to step 4" in said[0] and "Trained" not in said[1]
+    assert_same_params(tmp_path / "two", tmp_path / "alone")
+    assert_same_metrics(tmp_path / "two", tmp_path / "alone")
+    files = {path.name for path in (tmp_path / "two").iterdir()}
+    assert files == {path.name for path in (tmp_path / "alone").iterdir()}
+
+
+@pytest.mark.slow
+def test_four_two_and_one_process_go_on_with_each_others_runs(root, tmp_path):
+    """Four processes; two, whose newest checkpoint is damaged, and one of which is told to stop; then one."""
+    workdir, alone = tmp_path / "run", tmp_path / "alone"
+    ended(start(root, [TRAIN / "toy_worker.py", workdir, 4, 2], 4))
+    toy_run(alone, 4, devices=jax.devices()[:4])
+    assert saved_steps(workdir) == [2, 4]
+    assert_same_params(workdir, alone)
+    assert_same_metrics(workdir, alone)
+
+    torn = next(path for path in (workdir / "checkpoints" / "4" / "params").rglob("*") if path.stat().st_size > 100)
+    torn.write_bytes(bytes(torn.stat().st_size))
+    two = start(root, [TRAIN / "toy_worker.py", workdir, 100_000, 100_000], 2)
+    while not any(line["step"] >= 6 for line in metrics.read(workdir)):
+        assert all(process.poll() is None for process in two), ended(two)
+        time.sleep(0.05)
+    two[1].send_signal(signal.SIGTERM)
+    said = ended(two, 128 + signal.SIGTERM)
+    step = saved_steps(workdir)[-1]
+    assert all(f"reached {step}" in each for each in said)
+    assert [path.name for path in (workdir / DAMAGED).iterdir()] == ["4.0"]
+    toy_run(alone, step, 100_000, jax.devices()[:1])
+    assert_same_params(workdir, alone)
+    assert_same_metrics(workdir, alone)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_a_workdir_are_told(root, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; import jax; from lwd_jax.parallel import processes as p; p._SEEN_WAIT = 1\n"
+        "p.join(timeout=60); mine = Path(sys.argv[1]) / str(jax.process_index()); mine.mkdir()\n"
+        "for check in (lambda: p.check_shared(mine), lambda: p.agree(mine.name, 'not the same')):\n"
+        "    try: check()\n"
+        "    except ValueError as mistake: print('mistake:', mistake)\n"
+        "p.check_shared(mine.parent); p.agree('same', 'not the same')"
+    )
+    for said in ended(start(root, ["-c", code, tmp_path], 2)):
+        found = [line for line in said.splitlines() if line.startswith("mistake:")]
+        assert len(found) == 2 and "not the same folder for all 2 processes" in found[0] and "not the same" in found[1]
+    assert not list(tmp_path.rglob(".shared*"))
