@@ -105,13 +105,13 @@ class Run(NamedTuple):
       instruction: the line.
       computation: the name of the one it stands in.
       times: runs of it in one run of the program; a branch of a conditional counts its share.
-      fused: it is part of a fusion, whose own line is another Run.
+      fusion: the name of the fusion that it is part of, whose own line is another Run; "" = it stands by itself.
     """
 
     instruction: Instruction
     computation: str
     times: float
-    fused: bool
+    fusion: str = ""
 
 
 class Module:
@@ -157,29 +157,30 @@ class Module:
     @cached_property
     def runs(self) -> list[Run]:
         """Every instruction that runs, in loops, branches, calls and fusions."""
-        return list(self._walk(self.entry, 1.0, False))
+        return list(self._walk(self.entry, 1.0, ""))
 
-    def _walk(self, name: str, times: float, fused: bool) -> Iterator[Run]:
+    def _walk(self, name: str, times: float, fusion: str) -> Iterator[Run]:
         for instruction in self.computations[name].values():
-            yield Run(instruction, name, times, fused)
-            for called, share, inside in self._called(instruction):
-                yield from self._walk(called, times * share, fused or inside)
+            yield Run(instruction, name, times, fusion)
+            inside = fusion or (instruction.name if instruction.operation == "fusion" else "")
+            for called, share in self._called(instruction):
+                yield from self._walk(called, times * share, inside)
 
-    def _called(self, instruction: Instruction) -> Iterator[tuple[str, float, bool]]:
-        """(computation, runs of it in one of the instruction, whether it is fused)."""
+    def _called(self, instruction: Instruction) -> Iterator[tuple[str, float]]:
+        """(computation, runs of it in one of the instruction)."""
         operation = instruction.operation
         if operation.endswith(("-done", "-update")):
             return  # what they wait for was counted where it started
         if operation == "while":
-            yield instruction.called("body")[0], self.trips(instruction), False
+            yield instruction.called("body")[0], self.trips(instruction)
         elif operation == "conditional":
             names = instruction.called("branch_computations") or [
                 *instruction.called("true_computation"), *instruction.called("false_computation")
             ]
-            yield from ((name, 1 / len(names), False) for name in names)
+            yield from ((name, 1 / len(names)) for name in names)
         elif operation in ("fusion", "call", "async-start"):
             for name in instruction.called("calls") + instruction.called("to_apply"):
-                yield name, 1.0, operation == "fusion"
+                yield name, 1.0
 
     def type_of(self, computation: str, name: str) -> str:
         """The type of a value of a computation."""
@@ -261,7 +262,7 @@ def memory_bytes(module: Module) -> float:
     total = 0.0
     for run in module.runs:
         operation = run.instruction.operation
-        if run.fused or operation in _FREE or operation.endswith(("-done", "-update")):
+        if run.fusion or operation in _FREE or operation.endswith(("-done", "-update")):
             continue
         if operation in _SLICES:
             moved = 2 * _main(run.instruction.type)
@@ -284,5 +285,5 @@ def estimated_cycles(module: Module) -> float:
     return sum(
         run.times * int(found[1])
         for run in module.runs
-        if not run.fused and (found := _CYCLES.search(run.instruction.attributes))
+        if not run.fusion and (found := _CYCLES.search(run.instruction.attributes))
     )

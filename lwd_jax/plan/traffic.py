@@ -23,10 +23,15 @@ SENT = {
     "send": lambda n: 1,  # between slices
 }
 BETWEEN_SLICES = "slices"
-# The TPU compiler fuses an all-reduce with the slice that is kept of it; such a fusion is a reduce-scatter.
+# The TPU compiler spreads a gather over several fusions, so that it goes on while they compute: every one of them holds
+# it, under one chain_id, and it begins in the one of this name.
+_CHAIN = re.compile(r'chain_id="\d+"')
+_BEGINS = "async-collective-start"
+# It also fuses an all-reduce with the slice that is kept of it; such a fusion is a reduce-scatter.
 _SCATTERED = re.compile(r"all-reduce-scatter|reduce-scatter")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 
 
@@ -63,7 +68,22 @@ def groups_of(attributes: str, devices: int) -> list[list[int]]:
         ids = np.arange(math.prod(sides)).reshape(sides)
         ids = ids.transpose(_numbers(match[3])) if match[3] else ids
         return ids.reshape(shape).tolist()
+    if match := _OF_MESH.search(attributes):
+        return _of_mesh(match[1], match[2])
     return [list(range(devices))]
+
+
+def _of_mesh(axes: str, chosen: str) -> list[list[int]]:
+    """Groups of `mesh['a'=4,'b'=2] {'a'}`, or of a part of an axis, `{'a':(1)2}`: after a factor of 1, 2 of its 4."""
+    sides, parts = [], []
+    picked = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)}
+    for name, side in re.findall(r"'([^']+)'=(\d+)", axes):
+        before, size = (int(n or 0) for n in picked.get(name, ("1", "1")))
+        before, size = (before, size) if size else (1, int(side))
+        parts.append(len(sides) + 1)
+        sides += [before, size, int(side) // (before * size)]
+    ids = np.arange(math.prod(sides)).reshape(sides)
+    return np.moveaxis(ids, parts, range(-len(parts), 0)).reshape(-1, math.prod(sides[p] for p in parts)).tolist()
 
 
 def axes_of(groups: Iterable[list[int]], mesh: dict[str, int]) -> str:
@@ -80,7 +100,9 @@ def _kind(run: Run) -> str | None:
     operation = run.instruction.operation.removesuffix("-start")
     if operation not in SENT:
         return None
-    if operation == "all-reduce" and run.fused and _SCATTERED.search(run.computation):
+    if run.fusion and _CHAIN.search(run.instruction.attributes) and not run.fusion.startswith(_BEGINS):
+        return None
+    if operation == "all-reduce" and run.fusion and _SCATTERED.search(run.computation):
         return "reduce-scatter"
     return operation
 

@@ -158,6 +158,22 @@ def test_cycles_are_multiplied():
     assert estimated_cycles(Module(HAND)) == 5000
 
 
+def test_a_gather_that_goes_on_through_fusions_is_counted_where_it_begins():
+    """As the TPU compiler writes it: begun outside of a loop, carried on in the loop's fusions, ended after it."""
+    gather = (
+        "(g: f32[256]) -> f32[1024] {\n  %g = f32[256]{0} parameter(0)\n"
+        "  ROOT %all-gather.1 = f32[1024]{0} all-gather(%g), "
+        'channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, frontend_attributes={chain_id="0"}\n}\n\n'
+    )
+    chain = f"%begin {gather}%go_on {gather}%body"
+    goes_on = "%going = f32[1024]{0} fusion(%y), kind=kOutput, calls=%go_on\n  ROOT %state.1 ="
+    begins = "%async-collective-start.1 = f32[1024]{0} fusion(%x.1), kind=kCustom, calls=%begin\n  %zero.3 ="
+    text = HAND.replace("%body", chain, 1).replace("ROOT %state.1 =", goes_on).replace("%zero.3 =", begins)
+    before, after = (by_name(traffic_of(Module(each), SIZES)) for each in (HAND, text))
+    key = ("all-gather", "fsdp+context")
+    assert after[key] == (before[key][0] + 1, before[key][1] + 3 * 1024)
+
+
 def test_a_trip_count_that_is_written_down_goes_first():
     known = 'condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     module = Module(HAND.replace("condition=%condition, body=%body", known))
@@ -177,6 +193,10 @@ def test_a_trip_count_that_is_nowhere_is_told():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b','c'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(4)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
     ],
 )
 def test_groups(attributes, groups):
