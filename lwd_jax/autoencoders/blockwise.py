@@ -75,24 +75,25 @@ def _attend(q: Array, k: Array, v: Array, real: Array) -> tuple[Array, Array]:
     return output / total, top + jnp.log(total)
 
 
+def _blocks_of_keys(k: Array, v: Array, limit: int) -> tuple[Array, Array, Array]:
+    """Keys and values in blocks, and which of their positions are real: [blocks size] bool."""
+    number, size = _blocks(k.shape[1], limit)
+    real = (jnp.arange(number * size) < k.shape[1]).reshape(number, size)
+    return _split(k, number, size), _split(v, number, size), real
+
+
 def _forward(q: Array, k: Array, v: Array, limit: int):
-    positions = q.shape[1]
-    number, size = _blocks(positions, limit)
-    real = (jnp.arange(number * size) < positions).reshape(number, size)
-    q_n, k_n, v_n = (_split(x, number, size) for x in (q, k, v))
-    output, logsum = jax.lax.map(lambda q_i: _attend(q_i, k_n, v_n, real), q_n)
-    output = _join(output, positions).astype(v.dtype)
+    keys = _blocks_of_keys(k, v, limit)
+    output, logsum = jax.lax.map(lambda q_i: _attend(q_i, *keys), _split(q, *_blocks(q.shape[1], limit)))
+    output = _join(output, q.shape[1]).astype(v.dtype)
     return output, (q, k, v, output, logsum)
 
 
 def _backward(limit: int, residuals, gradient: Array):
     q, k, v, output, logsum = residuals
-    positions = q.shape[1]
-    number, size = _blocks(positions, limit)
-    real = (jnp.arange(number * size) < positions).reshape(number, size)
-    q_n, k_n, v_n, g_n = (_split(x, number, size) for x in (q, k, v, gradient.astype(v.dtype)))
+    blocks = _blocks(q.shape[1], limit)
     inner = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True)
-    inner_n = _split(inner, number, size)
+    q_n, g_n, inner_n = (_split(x, *blocks) for x in (q, gradient.astype(v.dtype), inner))
     scale = q.shape[-1] ** -0.5
 
     def of_keys(dq, keys):
@@ -111,8 +112,8 @@ def _backward(limit: int, residuals, gradient: Array):
         (dk, dv), dq_part = jax.lax.scan(of_queries, (zeros, zeros), (q_n, g_n, inner_n, logsum))
         return dq + dq_part, (dk.astype(k.dtype), dv.astype(v.dtype))
 
-    dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(q_n.shape, jnp.float32), (k_n, v_n, real))
-    return _join(dq, positions).astype(q.dtype), _join(dk, positions), _join(dv, positions)
+    dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(q_n.shape, jnp.float32), _blocks_of_keys(k, v, limit))
+    return _join(dq, q.shape[1]).astype(q.dtype), _join(dk, k.shape[1]), _join(dv, k.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -123,15 +124,16 @@ def _attention(q, k, v, limit):
 _attention.defvjp(_forward, _backward)
 
 
-@shaped("q: B N D, k: B N D, v: B N D -> B N D")
+@shaped("q: B L D, k: B S D, v: B S D -> B L D")
 def blockwise_attention(q: Array, k: Array, v: Array, block: int = BLOCK) -> Array:
     """softmax(q k^T / sqrt(D)) v, scores and sums in float32.
 
     Args:
-      q, k, v: [B N D].
-      block: the most positions of one block; N up to it is one block.
+      q: [B L D] queries.
+      k, v: [B S D] keys and values.
+      block: the most positions of one block; as many as that are one block.
 
     Returns:
-      [B N D] in the dtype of v.
+      [B L D] in the dtype of v.
     """
     return _attention(q, k, v, block)

@@ -127,7 +127,7 @@ def exchange(heads: int, parts: int) -> str:
     return "none" if parts == 1 else "ulysses" if heads % parts == 0 else "gather"
 
 
-def _exchanged(way: str, q, k, v, real):
+def _exchanged(way: str, kernel, q, k, v, real):
     """A device's share of the positions -> its share of the result."""
 
     def whole(x):
@@ -137,30 +137,34 @@ def _exchanged(way: str, q, k, v, real):
         return jax.lax.all_to_all(x, "context", split_axis=split, concat_axis=concat, tiled=True)
 
     if way == "ulysses":
-        return swap(_attend(*(swap(x, 2, 1) for x in (q, k, v)), whole(real)), 1, 2)
-    return _attend(q, whole(k), whole(v), whole(real)) if way == "gather" else _attend(q, k, v, real)
+        return swap(kernel(*(swap(x, 2, 1) for x in (q, k, v)), whole(real)), 1, 2)
+    return kernel(q, whole(k), whole(v), whole(real)) if way == "gather" else kernel(q, k, v, real)
 
 
-def joint_attention(*kinds: Tokens) -> tuple:
+def joint_attention(*kinds: Tokens, kernel=_attend) -> tuple:
     """Attention of several kinds of tokens to all of them: softmax(q k^T / sqrt(d)) v per head.
 
     Under a mesh (see nn.sharding) pictures lie over (data, fsdp), heads over tensor and positions over context; kinds
     whose length does not divide are padded. Attention does not mind the order of keys, so that nothing moves to bring
     the kinds together.
 
+    Args:
+      kinds: the tokens.
+      kernel: what computes a device's part, see KERNELS; by default that of the platform.
+
     Returns:
       For every kind [B L N d] in the dtype of q, or None where it has no queries; the softmax accumulates in float32.
       Float32 operands are multiplied in full precision. Remat policies know what the kernels name `SAVED`.
     """
     if ambient_mesh() is None:
-        return _together(kinds, _attend)
+        return _together(kinds, kernel)
     context, tensor = axis_size("context"), axis_size("tensor")
     batch, _, heads, _ = kinds[0].k.shape
     split = "tensor" if heads % tensor == 0 else None
     way = exchange(heads // tensor if split else heads, context)
 
     def local(kinds):
-        return _together(kinds, functools.partial(_exchanged, way))
+        return _together(kinds, functools.partial(_exchanged, way, kernel))
 
     rows = batch_axes(batch)
     spec, flags = PartitionSpec(rows, "context", split, None), PartitionSpec(rows, "context")
@@ -171,6 +175,6 @@ def joint_attention(*kinds: Tokens) -> tuple:
 
 
 @shaped("q: B L N d, k: B S N d, v: B S N d -> B L N d")
-def attention(q, k, v, *, real=None):
+def attention(q, k, v, *, real=None, kernel=_attend):
     """`joint_attention` of one kind of tokens, with real [B S] bool: the keys to attend to; None = all."""
-    return joint_attention(Tokens(q, k, v, real))[0]
+    return joint_attention(Tokens(q, k, v, real), kernel=kernel)[0]

@@ -18,10 +18,13 @@ def random(batch, positions, width, dtype=jnp.float32):
     return [3.0 * jax.random.normal(key, (batch, positions, width), dtype) for key in keys]
 
 
-@pytest.mark.parametrize("positions, block", [(1, 128), (77, 128), (256, 128), (1025, 512)])
-def test_equals_dense_attention(positions, block):
-    """Blocks that divide the positions and blocks that do not; one block, and several."""
-    q, k, v, weight = random(2, positions, 24)
+@pytest.mark.parametrize(
+    "positions, keys, block", [(1, 1, 128), (77, 77, 128), (256, 256, 128), (1025, 1025, 512), (130, 520, 256)]
+)
+def test_equals_dense_attention(positions, keys, block):
+    """Blocks that divide the positions and blocks that do not; one block, and several; a share of the queries."""
+    q, _, _, weight = random(2, positions, 24)
+    _, k, v, _ = random(2, keys, 24)
 
     def both(attend):
         def loss(q, k, v):
