@@ -58,6 +58,13 @@ def _suggest(config: Config, topology: Topology) -> tuple[str, Result] | None:
     return found
 
 
+def _next(args, results: list[Result], topology: Topology) -> str:
+    run = shlex.join([f"--config={args.config}", *args.overrides])
+    if any(result.fits(topology) is False for result in results) and not args.suggest:
+        return f"lwd plan {run} --topology {args.topology} --program train --suggest"
+    return f"lwd train {run} --workdir=WORKDIR, on {topology.name}"
+
+
 def run(args) -> None:
     config = read_config(args.config, args.overrides)
     if parse(args.topology, args.num_slices).chip.platform == "tpu":
@@ -80,4 +87,4 @@ def run(args) -> None:
         with open(args.json, "w", encoding="utf-8") as file:
             file.write(json.dumps(plan, indent=2) + "\n")
     where = f"Wrote {args.json}. " if args.json else ""
-    print(f"\n{where}Next: lwd train --config={shlex.quote(args.config)} --workdir=WORKDIR on {topology.name}")
+    print(f"\n{where}Next: {_next(args, results, topology)}")

@@ -1,4 +1,4 @@
-"""Results of compiled programs, kept in the user's cache: a slice takes minutes to compile for, and says the same again.
+"""Results of compiled programs, kept in the user's cache: a slice takes minutes to compile for.
 
 A result is found under everything that it depends on: the run's config, the shapes and layouts of the program's
 arguments, the slice, the versions of jax and of the compiler, and the source of this package.

@@ -147,9 +147,11 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     """
     if not has_libtpu():
         raise UserError(NO_LIBTPU)
-    # Without a metadata server the first query waits for minutes; two plans may run at a time.
+    # Without a metadata server the first query waits for minutes; two plans may run at a time; names of hosts are not
+    # asked for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     options = {}
