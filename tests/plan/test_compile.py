@@ -42,6 +42,27 @@ def test_donated_memory_is_counted_once():
     assert memory.peak == memory.arguments + memory.outputs + memory.temporaries + memory.code
 
 
+@pytest.mark.parametrize(
+    ("said", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.", 21.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 18.00M of 16.00M vmem.", None),
+        ("INTERNAL: Mosaic failed", None),
+    ],
+)
+def test_what_the_compiler_refuses_is_told(said, peak):
+    topology = open_topology("cpu:8")._replace(chip=parse("v5e:2x4").chip)
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError(said)
+
+    program = planned(TINY, plan.mesh_of(TINY, topology), "cpu", MAKERS, "decode")._replace(lower=refuse)
+    found = plan.compile_program(program, plan.mesh_of(TINY, topology), topology)
+    assert (found.peak, found.memory) == (peak, None)
+    assert found.fits(topology) is (None if peak is None else False)
+    assert (said[:20] in found.missing) is (peak is None)
+
+
 def test_the_train_step_is_the_one_of_the_run():
     """It takes the state of which the plan tells the bytes, donated; what it computes holds the recomputation."""
     topology = open_topology("cpu:8")

@@ -1,5 +1,5 @@
-"""Laws: every row of benchmarks/tpu_plan.py is a plan that `lwd plan` takes: its config resolves, its mesh has the chips
-of its slice, and its batch divides.
+"""Laws: every row of benchmarks/tpu_plan.py is a plan that `lwd plan` takes: its config resolves, its mesh has the
+chips of its slice, and its batch divides.
 """
 
 import sys
