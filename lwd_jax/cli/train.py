@@ -74,7 +74,11 @@ def _check_workdir(workdir: str | Path) -> None:
 def run(args) -> int:
     config = read_config(args.config, args.overrides)
     processes.join(args.distributed, args.join_timeout)
-    outcome = train(config, args.workdir)
+    try:
+        outcome = train(config, args.workdir)
+    except UserError as mistake:
+        processes.leave(mistake)
+        raise
     if outcome.signal:
         name = signal.Signals(outcome.signal).name
         last = (

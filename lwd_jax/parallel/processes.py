@@ -184,12 +184,24 @@ def join(mode: str = "auto", timeout: int = WAIT) -> None:
 
 
 def _give_up(timeout: int) -> None:
-    print(
-        f"lwd: Not all processes of this run came within {timeout} s: start the same command on every host of it at "
-        "once.",
-        file=sys.stderr,
-        flush=True,
-    )
+    _end(f"Not all processes of this run came within {timeout} s: start the same command on every host of it at once.")
+
+
+def leave(mistake: UserError) -> None:
+    """Takes leave of the others where the run fails here. Returns once all have failed (most mistakes are the same for
+    all); where they go on, says the mistake and ends this process, which ends them: jax would wait, and abort.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE / 3)
+    if leaving.is_alive():
+        _end(f"{mistake} (The other processes of the run did not meet this mistake; they end with this one.)")
+
+
+def _end(sentence: str) -> None:
+    print(f"lwd: {sentence}", file=sys.stderr, flush=True)
     os._exit(2)
 
 

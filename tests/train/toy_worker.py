@@ -1,5 +1,6 @@
-"""One process of a run of the toy stage: `python toy_worker.py WORKDIR STEPS SAVE_EVERY`. The environment says which process."""
+"""One process of a run of the toy stage: `python toy_worker.py WORKDIR STEPS SAVE_EVERY`. The environment says which."""
 
+import functools
 import sys
 
 import numpy as np
@@ -13,6 +14,11 @@ from lwd_jax.train.loop import run
 from lwd_jax.train.program import build_program
 
 
+@functools.cache
+def _program(mesh):
+    return build_program(toy_config(), mesh, toy_stage())
+
+
 def toy_run(workdir, steps: int, save_every: int = 2, devices=None):
     """Trains the toy on all devices of all processes, or on those given."""
     config = toy_config(training={"steps": steps, "save_every": save_every, "log_every": 1})
@@ -20,7 +26,7 @@ def toy_run(workdir, steps: int, save_every: int = 2, devices=None):
     share = process_share(mesh)
     rows = np.arange(8).reshape(share.blocks.size, -1)[share.blocks[share.index]].reshape(-1)
     batches = ToyBatches(lambda index: {name: array[rows] for name, array in toy_batch(index).items()})
-    return run(build_program(config, mesh, toy_stage()), batches, config, workdir, mesh, description="{}")
+    return run(_program(mesh), batches, config, workdir, mesh, description="{}")
 
 
 if __name__ == "__main__":
