@@ -1,4 +1,4 @@
-"""One process of a run of the toy stage: `python toy_worker.py WORKDIR STEPS SAVE_EVERY`. The environment says which."""
+"""One process of a toy run: `python toy_worker.py WORKDIR STEPS SAVE_EVERY`. The environment says which one."""
 
 import functools
 import sys
