@@ -98,6 +98,7 @@ def fake(tmp_path):
 
 def launch(fake, script, *words, code=0, **variables):
     environ = os.environ | {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}", "USER": "me"} | variables
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # which would go before the workdir's
     ran = subprocess.run(
         ["bash", str(LAUNCH / script), *words], cwd=fake, env=environ, capture_output=True, text=True, timeout=120
     )
