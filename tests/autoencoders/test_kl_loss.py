@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from kl_twin import assert_gradients_equal, nchw, torch_twin
 
 from lwd_jax.autoencoders import kl
