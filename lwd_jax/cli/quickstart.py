@@ -142,7 +142,6 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     before, after = (FAST_STEPS if fast else STEPS[name] for name in ("before", "after"))
     plain = {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False, "optimizer__learning_rate": 3e-3}
     plain |= {"training__preview_every": 0}  # the report shows this one beside the other; compiling previews takes long
-    scales = {"reconstruction__scales": "(2,)"} if fast else {}  # one scale is half to compile
     data = {"data__dataset": run.dataset}
     encode = [f"--dataset={run.dataset}", f"--models={run.after}", f"--out={run.latents}", f"--resolution={SIDE}"]
     return [
@@ -153,7 +152,7 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
         ),
         Part(
             "stage 1, after: fine-tuned with scale consistency",
-            _train(1, run.after, after, fast, models__autoencoder=run.before, **scales, **data),
+            _train(1, run.after, after, fast, models__autoencoder=run.before, **data),
             run.after / FOLDER / str(after),
         ),
         Part(
