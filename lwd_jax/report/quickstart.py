@@ -191,7 +191,7 @@ def _stage1(run: Run) -> Section:
     steps = read_config(run.before).training.steps
     about = (
         f"Before: {steps} steps from random weights, without the scale term. After: {config.training.steps} more "
-        f"steps with it (alpha {config.reconstruction.alpha:g}, s from {', '.join(map(str, scales))}). A "
+        f"steps with it (alpha {config.reconstruction.alpha:g}, s = {' or '.join(map(str, scales))}). A "
         "scale-consistent decoder makes of a pooled latent the pooled picture. Some of the change in PSNR is that of "
         "training longer."
     )
