@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from lwd_jax.backbones import sd3
@@ -79,13 +78,13 @@ class Plans(NamedTuple):
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
         """Where a program is traced: attention takes the kernel of the platform, not of this machine."""
-        with getattr(attention, "for_platform", contextlib.nullcontext)(self.platform):
+        with attention.for_platform(self.platform):
             yield
 
     @contextlib.contextmanager
     def traced_on_mesh(self) -> Iterator[None]:
         """The same, with the mesh as the ambient one: the train step sets it by itself."""
-        with self.traced(), jax.set_mesh(self.mesh) if isinstance(self.mesh, Mesh) else contextlib.nullcontext():
+        with self.traced(), jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             yield
 
     def batch(self, shapes: dict[str, tuple], dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
