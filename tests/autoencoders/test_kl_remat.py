@@ -58,14 +58,14 @@ def plain_gradient(side):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side, remat", [(64, "attention"), (64, "full"), (128, "full")])
+@pytest.mark.parametrize("side, remat", [(64, "attention"), (64, "full"), pytest.param(128, "full", marks=pytest.mark.heavy)])
 def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat):
     """Every policy gives the gradient of no remat. (On XLA:CPU one was once seen wrong, at one size alone.)"""
     params, plain = plain_gradient(side)
     assert_near(jax.jit(jax.grad(functools.partial(stage_1_loss, remat, side)))(params), plain)
 
 
-@pytest.mark.parametrize("side", [64, 128])
+@pytest.mark.parametrize("side", [64, pytest.param(128, marks=pytest.mark.heavy)])
 def test_stage_1_gradient_is_the_slope(side):
     params, plain = plain_gradient(side)
     norm, measured = slope(functools.partial(stage_1_loss, "none", side), params, plain)

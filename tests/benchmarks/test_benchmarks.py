@@ -27,6 +27,7 @@ def small(monkeypatch):
     monkeypatch.setattr(sys, "argv", ARGUMENTS)
 
 
+@pytest.mark.heavy
 def test_step_against_pytorch(small, capsys):
     step.main()
     printed = capsys.readouterr().out

@@ -203,7 +203,7 @@ def test_an_address_is_no_workdir(stage1, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_lwd_train_by_two_processes_is_one_run(root, stage1, tmp_path):
     config = load_config(json.loads(stage1.read_text()))
     setup = make_setup(config, jax.devices()[:2])
@@ -244,7 +244,7 @@ def test_four_two_and_one_process_go_on_with_each_others_runs(root, tmp_path):
     assert_same_metrics(workdir, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_processes_that_do_not_share_a_workdir_are_told(root, tmp_path):
     code = (
         "import sys; from pathlib import Path; import jax; from lwd_jax.parallel import processes as p\n"
