@@ -58,7 +58,9 @@ def plain_gradient(side):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side, remat", [(64, "attention"), (64, "full"), pytest.param(128, "full", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    "side, remat", [(64, "attention"), (64, "full"), pytest.param(128, "full", marks=pytest.mark.heavy)]
+)
 def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat):
     """Every policy gives the gradient of no remat. (On XLA:CPU one was once seen wrong, at one size alone.)"""
     params, plain = plain_gradient(side)
