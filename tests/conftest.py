@@ -17,3 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test begins first: with two workers it would otherwise run alone at the end."""
+    items.sort(key=lambda item: item.originalname != "test_quickstart_from_photographs_to_report")
