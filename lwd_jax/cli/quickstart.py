@@ -33,7 +33,7 @@ EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
 WORDS = 11  # of a caption that are read; the text encoder adds one token for the beginning
-STEPS = {"before": 170, "after": 40, "base": 200, "arm": 50}  # training steps of the parts
+STEPS = {"before": 210, "after": 50, "base": 240, "arm": 60}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 
