@@ -19,7 +19,9 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Rooms of one level that may also read each other, in this direction only.
 SIDEWAYS = {
-    ("config", "errors"), ("shapes", "errors"), ("report", "evaluate"),
+    ("config", "errors"),
+    ("shapes", "errors"),
+    ("report", "evaluate"),
 }
 
 

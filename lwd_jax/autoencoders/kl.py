@@ -143,9 +143,7 @@ class Attention(nn.Module):
 
         def dense(name):
             precision = precision_of(self.dtype)
-            return nn.Dense(
-                channels, dtype=self.dtype, param_dtype=self.param_dtype, precision=precision, name=name
-            )
+            return nn.Dense(channels, dtype=self.dtype, param_dtype=self.param_dtype, precision=precision, name=name)
 
         norm = GroupNorm(self.groups, self.param_dtype, name="norm")(x)
         h = norm(x).astype(self.dtype).reshape(batch, height * width, channels)

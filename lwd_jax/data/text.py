@@ -162,6 +162,19 @@ def _sd3_states(captions: list[str], clips, t5, clip_length: int, max_length: in
     return States(tokens, np.ones(tokens.shape[:2], np.float32), np.concatenate(pooled, axis=-1))
 
 
+def _sd3_parts(folder: Path | None) -> tuple[Path, list[str]]:
+    """The folder, and the names of the folders in it that are read: T5's only where it has them."""
+    if folder is None:
+        raise UserError("SD3's text encoders are read from a folder; name it with --text-models.")
+    folder = Path(folder)
+    has_t5 = (folder / _T5[0]).is_dir()
+    parts = [part for pair in (*_CLIPS, *([_T5] if has_t5 else [])) for part in pair]
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise UserError(f"'{folder}' has no folder '{part}', which SD3's text encoders need.")
+    return folder, parts
+
+
 def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> TextEncoder:
     """SD3's three text encoders (arXiv 2403.03206, section 4 and appendix B.2), through transformers.
 
@@ -184,14 +197,8 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
         import transformers
     except ImportError as error:
         raise UserError("SD3's text encoders need the extra [text]: pip install 'lwd_jax[text]'.") from error
-    if folder is None:
-        raise UserError("SD3's text encoders are read from a folder; name it with --text-models.")
-    folder = Path(folder)
-    has_t5 = (folder / _T5[0]).is_dir()
-    parts = [part for pair in (*_CLIPS, *([_T5] if has_t5 else [])) for part in pair]
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise UserError(f"'{folder}' has no folder '{part}', which SD3's text encoders need.")
+    folder, parts = _sd3_parts(folder)
+    has_t5 = _T5[0] in parts
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     weights = choose(types, dtype, "text dtype")
     transformers.logging.set_verbosity_error()  # its warnings about weights are errors here

@@ -100,7 +100,8 @@ class _NumpyOnly(pickle.Unpickler):
         return self.KNOWN[module, name]
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights."""
     widths = [width for stage in STAGES for width in stage]
     shapes = {}
     for layer, (before, after) in enumerate(zip([3, *widths], widths)):
@@ -109,9 +110,9 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes and bytes, in the order of `_shapes`."""
+    """SHA-256 of names, shapes and bytes, in the order of `shapes`."""
     content = hashlib.sha256()
-    for name in _shapes():
+    for name in shapes():
         content.update(f"{name}{tensors[name].shape}{tensors[name].dtype}".encode())
         content.update(np.ascontiguousarray(tensors[name]))
     return content.hexdigest()
@@ -146,7 +147,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
         tensors = load_file(path)
     except SafetensorError:
         return None
-    whole = {name: tensor.shape for name, tensor in tensors.items()} == _shapes()
+    whole = {name: tensor.shape for name, tensor in tensors.items()} == shapes()
     return tensors if whole and _digest(tensors) == WEIGHTS_SHA256 else None
 
 

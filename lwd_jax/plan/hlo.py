@@ -93,9 +93,7 @@ def _instruction(line: str) -> Instruction | None:
     last = _closing(line, operation.end() - 1)
     given = line[operation.end() : last - 1]
     names = tuple(_NAMES.findall(given))
-    return Instruction(
-        match[2], line[start:end], operation[1], names, given, line[last:], bool(match[1])
-    )
+    return Instruction(match[2], line[start:end], operation[1], names, given, line[last:], bool(match[1]))
 
 
 class Run(NamedTuple):
@@ -175,7 +173,8 @@ class Module:
             yield instruction.called("body")[0], self.trips(instruction)
         elif operation == "conditional":
             names = instruction.called("branch_computations") or [
-                *instruction.called("true_computation"), *instruction.called("false_computation")
+                *instruction.called("true_computation"),
+                *instruction.called("false_computation"),
             ]
             yield from ((name, 1 / len(names)) for name in names)
         elif operation in ("fusion", "call", "async-start"):
@@ -206,9 +205,7 @@ def _read(module: Module, run: Run, position: int, name: str) -> float:
     if run.instruction.operation != "fusion" or not own:
         return own
     inside = module.computations[run.instruction.called("calls")[0]]
-    parameter = next(
-        (i for i in inside.values() if i.operation == "parameter" and i.given == str(position)), None
-    )
+    parameter = next((i for i in inside.values() if i.operation == "parameter" and i.given == str(position)), None)
     if parameter is None:
         return own
     users = _users(inside, parameter.name)

@@ -113,11 +113,7 @@ def text_tokens(config: Config) -> int:
 
 def _abstract_lpips() -> Partial:
     """LPIPS with the shapes of its weights: they need not be installed."""
-    widths = [width for stage in lpips.STAGES for width in stage]
-    sizes = {}
-    for layer, (before, after) in enumerate(zip([3, *widths], widths)):
-        sizes |= {f"conv{layer}.kernel": (3, 3, before, after), f"conv{layer}.bias": (after,)}
-    sizes |= {f"head{stage}": (widths[-1],) for stage, widths in enumerate(lpips.STAGES)}
+    sizes = lpips.shapes()
     return Partial(lpips.distance, {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()})
 
 

@@ -21,7 +21,16 @@ from lwd_jax.report import figures
 from lwd_jax.report.page import Code, Picture, Section, Table, Text, write_page
 from lwd_jax.report.photographs import SHIPPED, Photograph
 from lwd_jax.report.pipeline import open_models
-from lwd_jax.report.previews import SHOWN, make_encode, make_reconstruct, masks_over_time, scale_error, short, spectra
+from lwd_jax.report.previews import (
+    SHOWN,
+    TIMES,
+    make_encode,
+    make_reconstruct,
+    masks_over_time,
+    scale_error,
+    short,
+    spectra,
+)
 from lwd_jax.report.samples import INDEX as SAMPLES_INDEX
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import read_config
@@ -29,7 +38,6 @@ from lwd_jax.train.checkpoint import read_config
 SIDE = 128  # px of the squares that are trained on
 CROPS = 160  # squares in all, about
 TIMES_FILE = "times.json"
-TIMES = (0.35, 0.5, 0.7, 0.9)  # of the masks that are shown
 SHOWN_SIDE = 448  # px, of the photographs whose saliency is shown: finer than the squares, for the eye
 ARMS = ("plain", "LWD")
 

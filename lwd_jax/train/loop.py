@@ -123,19 +123,17 @@ class _Reporter:
             )
 
 
-def _first_state(program: Program, config: Config, params: Callable[[], Any] | None) -> State:
-    key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
-    return program.init(key, params() if params is not None else None)
-
-
-def _progress() -> Progress:
-    return Progress(
+def _progress(config: Config, first: int) -> Progress:
+    progress = Progress(
         TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("ETA"), TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.2f} pictures/s"),
         TextColumn("waiting for data {task.fields[wait]:.0%}"),
         transient=True, disable=jax.process_index() != 0,
     )  # fmt: skip
+    name, total = config.name or "training", config.training.steps
+    progress.add_task(name, total=total, completed=first, loss=float("nan"), speed=0.0, wait=0.0)
+    return progress
 
 
 class _Profiler:
@@ -160,14 +158,46 @@ class _Profiler:
             self._open = False
 
 
-def _previewed(previews: Previews, step: int, state: State, mesh: Mesh) -> tuple[dict, float]:
-    """The previews' metrics, named preview/.., and the seconds they took."""
-    jax.block_until_ready(state.step)
-    start = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as the step is: models read it
-        found = previews(step, eval_params(state))
-    metrics = {f"preview/{name}": float(value) for name, value in found.items()}
-    return metrics, time.perf_counter() - start
+class _Previewer:
+    """Previews before the first step, every `preview_every` steps and after the last one."""
+
+    def __init__(self, previews: Previews | None, config: Config, mesh: Mesh):
+        self._previews, self._mesh = previews, mesh
+        self._every, self._last = config.training.preview_every, config.training.steps
+
+    def due(self, step: int) -> bool:
+        return self._previews is not None and self._every > 0 and (step % self._every == 0 or step == self._last)
+
+    def look(self, step: int, state: State) -> tuple[dict, float]:
+        """The metrics, named preview/.., and the seconds they took."""
+        jax.block_until_ready(state.step)
+        start = time.perf_counter()
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):  # as the step is: models read it
+            found = self._previews(step, eval_params(state))
+        return {f"preview/{name}": float(value) for name, value in found.items()}, time.perf_counter() - start
+
+
+def _first_state(program: Program, config: Config, params: Callable[[], Any] | None) -> State:
+    key = jax.random.fold_in(jax.random.key(config.seed), _INIT)
+    return program.init(key, params() if params is not None else None)
+
+
+def _begin(program: Program, config: Config, workdir: Path, description: str, params, closing: contextlib.ExitStack):
+    """(checkpoints, state, data position or None): of a new run, or of the newest checkpoint; the workdir is there."""
+    saved = saved_steps(workdir)
+    agree(str(saved), f"{workdir} does not hold the same checkpoints for all processes: they must share it.")
+    # Weights that do not fit are a mistake to be told of before anything is written.
+    state, position = (None if saved else _first_state(program, config, params)), None
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_shared(workdir)
+    checkpoints = Checkpoints(workdir, config.training.keep)
+    closing.callback(checkpoints.close)
+    if saved:
+        state, position = checkpoints.restore(program.state, config)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(config) + "\n")
+        (workdir / MODEL_FILE).write_text(description)
+    return checkpoints, state, position
 
 
 def run(
@@ -199,23 +229,10 @@ def run(
     with contextlib.ExitStack() as closing:
         # Begin, or resume
         stop = closing.enter_context(Stop())
-        workdir = Path(workdir)
+        workdir, training, total = Path(workdir), config.training, config.training.steps
         profiler = _Profiler(config, workdir)
         closing.callback(profiler.close)
-        training, total = config.training, config.training.steps
-        saved = saved_steps(workdir)
-        agree(str(saved), f"{workdir} does not hold the same checkpoints for all processes: they must share it.")
-        # Weights that do not fit are a mistake to be told of before anything is written.
-        state, position = None if saved else _first_state(program, config, params), None
-        workdir.mkdir(parents=True, exist_ok=True)
-        check_shared(workdir)
-        checkpoints = Checkpoints(workdir, training.keep)
-        closing.callback(checkpoints.close)
-        if state is None:
-            state, position = checkpoints.restore(program.state, config)
-        if jax.process_index() == 0:
-            (workdir / "config.json").write_text(to_json(config) + "\n")
-            (workdir / MODEL_FILE).write_text(description)
+        checkpoints, state, position = _begin(program, config, workdir, description, params, closing)
         first = int(state.step)
         if first >= total:
             return Outcome(first, 0)
@@ -225,13 +242,10 @@ def run(
         closing.callback(feed.close)
         writer = Writer(workdir, first)
         closing.callback(writer.close)
-        progress = closing.enter_context(_progress())
-        name = config.name or "training"
-        progress.add_task(name, total=total, completed=first, loss=float("nan"), speed=0.0, wait=0.0)
-        reporter = _Reporter(config, writer, feed, progress)
-        previewing = previews is not None and training.preview_every > 0
-        if first == 0 and previewing:
-            writer.write(0, _previewed(previews, 0, state, mesh)[0])
+        reporter = _Reporter(config, writer, feed, closing.enter_context(_progress(config, first)))
+        previewer = _Previewer(previews, config, mesh)
+        if first == 0 and previewer.due(0):
+            writer.write(0, previewer.look(0, state)[0])
         # Made on every device: a device_put moves no key to the devices of other processes.
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
 
@@ -246,11 +260,9 @@ def run(
             ending = step == total or bool(stop.signal)
 
             # Look
-            seen = {}
-            if previewing and (step % training.preview_every == 0 or step == total):
-                seen, seconds = _previewed(previews, step, state, mesh)
-                reporter.away(seconds)
+            seen, seconds = previewer.look(step, state) if previewer.due(step) else ({}, 0.0)
             saving = step % training.save_every == 0 or ending
+            reporter.away(seconds)
             if seen or saving:
                 reporter.flush(step, seen)
 

@@ -101,9 +101,7 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
         pictures = jax.tree.leaves(batch)[0].shape[0]
         keys = picture_keys(key, state.step, pictures)
         trainable, frozen = split(state.params, trained)
-        gradients, metrics = accumulated_gradient(
-            loss, trainable, frozen, batch, keys, config.optimizer.accumulate
-        )
+        gradients, metrics = accumulated_gradient(loss, trainable, frozen, batch, keys, config.optimizer.accumulate)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 

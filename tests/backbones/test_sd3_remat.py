@@ -66,9 +66,7 @@ def slope(case):
     direction = compiled("none", case)(here, *others)[1]
     length = float(jnp.sqrt(sum(jnp.sum(d * d) for d in jax.tree.leaves(direction))))
     direction = jax.tree.map(lambda d: d / length, direction)
-    there, back = (
-        float(loss(jax.tree.map(lambda p, d: p + s * d, here, direction), *others)) for s in (0.01, -0.01)
-    )
+    there, back = (float(loss(jax.tree.map(lambda p, d: p + s * d, here, direction), *others)) for s in (0.01, -0.01))
     return direction, (there - back) / 0.02
 
 

@@ -106,7 +106,6 @@ def test_variables_that_make_no_sense_are_mistakes(changed, words):
 # ------------------------------------------------------------------------------------------------- several processes
 
 
-
 def free_port():
     with socket.socket() as found:
         found.bind(("localhost", 0))

@@ -121,7 +121,7 @@ def test_heads_are_those_of_the_torch_package(perceptual):
 
 def test_is_converted_once_and_found_again(cache, monkeypatch):
     first = lpips.load_lpips().args[0]
-    assert {name: value.shape for name, value in load_file(cache).items()} == lpips._shapes()
+    assert {name: value.shape for name, value in load_file(cache).items()} == lpips.shapes()
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
     monkeypatch.setattr(lpips, "_convert", None)
     for name, value in lpips.load_lpips().args[0].items():
@@ -145,7 +145,7 @@ def test_the_weights_are_an_argument_of_a_jitted_function(perceptual):
 
 def test_products_are_in_full_precision():
     """By the traced program: LPIPS is float32 on a GPU and a TPU too."""
-    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in lpips._shapes().items()}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in lpips.shapes().items()}
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     assert not rounded(traced(jax.grad(lambda x, y, p: lpips.distance(p, x, y).sum()), x, x, params))
 

@@ -108,7 +108,7 @@ def test_lpips_is_planned_without_its_weights(monkeypatch):
     distance, picture = abstract_stage(STAGE1).loss.args[0], jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     assert jax.eval_shape(lambda distance, x: distance(x, x), distance, picture).shape == (2,)
     sizes = {name: leaf.shape for name, leaf in distance.args[0].items()}
-    assert sizes == lpips._shapes()
+    assert sizes == lpips.shapes()
 
 
 def test_the_programs_of_a_stage():

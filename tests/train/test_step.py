@@ -51,9 +51,7 @@ def take(program, steps=1, make=toy_batch, state=None, size=8):
 def largest_difference(first, second):
     """Largest absolute difference over a tree, relative to the largest magnitude of each leaf."""
     first, second = (flat(jax.device_get(tree)) for tree in (first, second))
-    return max(
-        np.abs(first[name] - second[name]).max() / max(np.abs(first[name]).max(), 1e-6) for name in first
-    )
+    return max(np.abs(first[name] - second[name]).max() / max(np.abs(first[name]).max(), 1e-6) for name in first)
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES.keys())
