@@ -1,4 +1,4 @@
-"""Law: the whole stage-1 loss through the autoencoder and LPIPS's real weights, gradients included, is that of torch."""
+"""Law: the whole stage-1 loss through the autoencoder and LPIPS's own weights, and its gradients, equal torch's."""
 
 import jax
 import numpy as np
