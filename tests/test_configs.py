@@ -23,7 +23,7 @@ from lwd_jax.weights.table import flat
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
 FULL_SIZE = [file for file in FILES if not file.stem.startswith("quickstart")]
-EVALUATED = [pytest.param(f, marks=pytest.mark.heavy) if f.stem == "stage1_sd3_1024" else f for f in FULL_SIZE]
+
 SD3_TOKENS = 77 + 256  # CLIP and T5
 SLICE = re.compile(r"Slice: \S+ \((\d+) chips\)")
 BYTES = 16  # of one parameter: weight, two moments, average, in float32
@@ -85,7 +85,7 @@ def test_docstring_tells_stage_size_and_command(file):
     assert f"lwd train --config=configs/{file.name} " in text
 
 
-@pytest.mark.parametrize("file", EVALUATED, ids=names(FULL_SIZE))
+@pytest.mark.parametrize("file", FULL_SIZE, ids=names(FULL_SIZE))
 def test_step_evaluates_by_shape_at_full_size(file):
     config, program, (state, metrics) = evaluated(file)
     kind = "picture" if config.stage == 1 else "mean"
@@ -96,7 +96,7 @@ def test_step_evaluates_by_shape_at_full_size(file):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("file", EVALUATED, ids=names(FULL_SIZE))
+@pytest.mark.parametrize("file", FULL_SIZE, ids=names(FULL_SIZE))
 def test_state_has_the_bytes_that_the_docstring_tells(file):
     config, program, _ = evaluated(file)
     # The position table of SD3 is a buffer of the original model: it is not counted, does not train and has no moments.
