@@ -27,12 +27,17 @@ _PLATFORM = contextvars.ContextVar("platform", default="")
 
 
 def _xla(q, k, v, real):
-    """Logits and softmax in float32; keeps an L x L matrix per head. The output is named `SAVED`."""
+    """Logits and softmax in float32, an L x L matrix per head. The output is named `SAVED`.
+
+    The backward pass makes the matrix again: kept from every block of a model, it costs more memory than all else and
+    more time than the products that make it.
+    """
     mask = None if real is None else real[:, None, None]
+    attend = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
     # jax.nn's function takes no precision; what is set while it is traced holds for its gradients too.
     full = precision_of(q.dtype) is not None
     with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+        attended = jax.checkpoint(attend)(q, k, v)
     return checkpoint_name(attended, SAVED)
 
 

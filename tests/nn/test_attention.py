@@ -48,6 +48,13 @@ def test_bfloat16_accumulates_in_float32():
     np.testing.assert_array_equal(made.astype(jnp.float32), 1.0)
 
 
+def test_no_matrix_of_logits_is_kept_for_the_backward_pass():
+    q = draw(2, 64, 3, 8)
+    _, backward = jax.vjp(attention, q, q, q)
+    kept = jax.tree.leaves(backward)
+    assert kept and all(leaf.size <= q.size for leaf in kept)
+
+
 @pytest.mark.parametrize(
     ("dtype", "head", "fused"),
     [(jnp.bfloat16, 64, True), (jnp.float16, 128, True), (jnp.float32, 64, False), (jnp.bfloat16, 12, False)],
