@@ -21,6 +21,7 @@ import skimage.data  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from lwd_jax.autoencoders import kl  # noqa: E402
+from lwd_jax.data.pictures import from_uint8  # noqa: E402
 from lwd_jax.weights.model import init_params  # noqa: E402
 
 GIB = 2**30
@@ -44,7 +45,7 @@ def picture(path: str, size: str, factor: int) -> np.ndarray:
     else:
         pixels = tiled(*map(int, size.split("x")))
     height, width = (side - side % factor for side in pixels.shape[:2])
-    return pixels[None, :height, :width].astype(np.float32) / 127.5 - 1
+    return from_uint8(pixels[None, :height, :width])
 
 
 def main() -> None:

@@ -40,30 +40,11 @@ die() {
 
 name='' image='' accelerator='' topology='' workdir='' chips=4 slices=1 retries=10 bucket='' service_account=''
 namespace='' spot='' dry_run=''
-while (($#)); do
-  case "$1" in
-    --name | --image | --accelerator | --topology | --workdir | --chips | --slices | --retries | --bucket | \
-      --service_account | --namespace)
-      (($# > 1)) || die "$1 needs a value."
-      printf -v "${1#--}" '%s' "$2"
-      shift
-      ;;
-    --spot | --dry_run) printf -v "${1#--}" yes ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) die "there is no option '$1'; what belongs to lwd train comes after --. See --help." ;;
-  esac
-  shift
-done
-for needed in name image accelerator topology workdir; do
-  [[ -n "${!needed}" ]] || die "--$needed is missing; see --help."
-done
+# shellcheck source=launch/arguments.sh
+source "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+parse_arguments \
+  'name|image|accelerator|topology|workdir|chips|slices|retries|bucket|service_account|namespace' 'spot|dry_run' "$@"
+require name image accelerator topology workdir
 [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "--topology must be such as 4x4 or 4x4x4, not '$topology'."
 [[ "$chips$slices$retries" =~ ^[0-9]+$ && "$chips" != 0 ]] ||
   die "--chips, --slices and --retries must be whole numbers."
@@ -141,7 +122,7 @@ YAML
               command: [lwd, train]
               args:
 YAML
-  for word in --workdir="$workdir" "$@"; do
+  for word in --workdir="$workdir" ${train[@]+"${train[@]}"}; do
     echo "              - $(verbatim "$word")"
   done
   [[ -z "$bucket" ]] || cat <<YAML
@@ -156,9 +137,9 @@ YAML
 }
 
 if [[ "$dry_run" ]]; then
-  manifest "$@"
+  manifest
   exit
 fi
-manifest "$@" | kubectl apply ${namespace:+--namespace="$namespace"} --filename=-
+manifest | kubectl apply ${namespace:+--namespace="$namespace"} --filename=-
 echo "gke_jobset.sh: $name is submitted. Its first pod:" \
   "kubectl logs --follow ${namespace:+--namespace=$namespace }job/$name-slice-0"

@@ -45,31 +45,18 @@ fi
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 nodes=1 gpus=8 retries=10 dry_run='' options=()
-while (($#)); do
-  case "$1" in
-    --nodes | --gpus | --retries)
-      (($# > 1)) || die "$1 needs a value."
-      printf -v "${1#--}" '%s' "$2"
-      shift
-      ;;
-    --dry_run) dry_run=yes ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    --*=*) options+=("$1") ;;
-    *) die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --." ;;
-  esac
-  shift
-done
+# shellcheck source=launch/arguments.sh
+source "$root/launch/arguments.sh"
+stray() {
+  [[ "$1" == --*=* ]] || die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --."
+  options+=("$1")
+}
+parse_arguments 'nodes|gpus|retries' dry_run "$@"
 [[ "$nodes$gpus$retries" =~ ^[0-9]+$ ]] || die "--nodes, --gpus and --retries must be whole numbers."
 command=(
   sbatch --job-name=lwd --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" --requeue --open-mode=append
-  --signal=TERM@300 ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" job "$root" "$retries" "$@"
+  --signal=TERM@300 ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" job "$root" "$retries"
+  ${train[@]+"${train[@]}"}
 )
 if [[ "$dry_run" ]]; then
   printf '%q ' "${command[@]}"

@@ -45,30 +45,11 @@ die() {
 
 name='' zone='' type='' workdir='' project='' runtime='' bucket='' extras=tpu fetch='' retries=10 poll=20
 spot='' queued='' delete='' dry_run=''
-while (($#)); do
-  case "$1" in
-    --name | --zone | --type | --workdir | --project | --runtime | --bucket | --extras | --fetch | --retries | --poll)
-      (($# > 1)) || die "$1 needs a value."
-      printf -v "${1#--}" '%s' "$2"
-      shift
-      ;;
-    --spot | --queued | --delete | --dry_run) printf -v "${1#--}" yes ;;
-    --help | -h)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) die "there is no option '$1'; what belongs to lwd train comes after --. See --help." ;;
-  esac
-  shift
-done
-train=("$@")
-for needed in name zone type workdir; do
-  [[ -n "${!needed}" ]] || die "--$needed is missing; see --help."
-done
+# shellcheck source=launch/arguments.sh
+source "$root/launch/arguments.sh"
+parse_arguments 'name|zone|type|workdir|project|runtime|bucket|extras|fetch|retries|poll' \
+  'spot|queued|delete|dry_run' "$@"
+require name zone type workdir
 [[ "$retries$poll" =~ ^[0-9]+$ ]] || die "--retries and --poll must be whole numbers."
 if [[ -z "$runtime" ]]; then
   case "$type" in

@@ -1,4 +1,6 @@
-"""Models of a few thousand parameters, as folders and as workdirs, for the tests of what opens and writes them."""
+"""Models of a few thousand parameters, as folders and as workdirs, for the tests of what opens and writes them; and the
+pictures, dataset and latents that they train on.
+"""
 
 import json
 from pathlib import Path
@@ -6,11 +8,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from lwd_jax.autoencoders import kl, save_autoencoder
 from lwd_jax.backbones import save_backbone, sd3
+from lwd_jax.cli.encode import make_encoder
 from lwd_jax.config import load_config, to_json
-from lwd_jax.data.text import hashed_words
+from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
+from lwd_jax.data.latents import Encoder, Plan, encode_dataset
+from lwd_jax.data.text import TextEncoder, hashed_words
 from lwd_jax.train.checkpoint import Checkpoints
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, Opened, describe
 from lwd_jax.train.state import State
@@ -81,3 +87,35 @@ def write_workdir(folder: Path, stage: int, seed: int = 0, step: int = 7, text: 
     lines = [{"step": n, "loss": 1 / n, "loss_detail": 2 / n, "loss_smooth": 0.5 / n} for n in range(1, step + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def quiet(*_):
+    """For what reports its progress."""
+
+
+def write_data(root: Path, pictures, captions, encoder: Encoder, text: TextEncoder, plan: Plan) -> None:
+    """Folders `images`, `dataset` and `latents`.
+
+    Args:
+      pictures: uint8 [H W 3] each.
+      captions: alternatives of each.
+      encoder, text, plan: of the latents.
+    """
+    (root / "images").mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(root / "images" / f"{number:02}.png")
+    write_dataset(root / "dataset", root / "images", find_pictures(root / "images"), captions, quiet)
+    encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, text, plan, quiet)
+
+
+def write_inputs(root: Path) -> None:
+    """What a run of either stage at 32 px starts from: `write_data` of nine pictures of noise with a caption each, and
+    the models, `vae` (which made the latents) and `transformer`, of seed 0.
+    """
+    save_autoencoder(root / "vae", *autoencoder(0))
+    save_backbone(root / "transformer", *backbone(0))
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(9)]
+    captions = [(f"picture {number}",) for number in range(9)]
+    plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
+    write_data(root, pictures, captions, make_encoder(*autoencoder(0), 4), hashed_words(None, **TEXT), plan)

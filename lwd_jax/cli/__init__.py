@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"lwd: {_sentence(error)}", file=sys.stderr)
         return 2
-    except json.JSONDecodeError as error:  # of a file cut off; those who read files that people write name them
+    except json.JSONDecodeError as error:  # of files that TFDS and Orbax read; our own readers name the file
         print(f"lwd: A file of what was given is not sound JSON (is it cut off?): {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.data import buckets
 from lwd_jax.data.dataset import open_dataset
-from lwd_jax.data.latents import Encoder, Plan, encode_dataset
+from lwd_jax.data.latents import Encoder, Plan, encode_dataset, make_posterior
 from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import TEXT_ENCODERS, open_text_encoder
 from lwd_jax.errors import UserError
@@ -85,13 +85,7 @@ def make_encoder(module, params, batch_size: int) -> Encoder:
     mesh = Mesh(np.array(devices), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     placed = jax.device_put(params, everywhere)
-
-    @jax.jit
-    def posterior(params, pictures):
-        x = pictures.astype(jnp.float32) / 127.5 - 1
-        mean, logvar = module.apply({"params": params}, x, method="encode")
-        std = jnp.zeros_like(mean) if logvar is None else jnp.exp(0.5 * logvar)
-        return mean.astype(jnp.float32), std.astype(jnp.float32)
+    posterior = make_posterior(module)
 
     def encode(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return tuple(map(np.asarray, posterior(placed, jax.device_put(pictures, rows))))

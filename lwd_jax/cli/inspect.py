@@ -23,7 +23,7 @@ from lwd_jax.autoencoders.kl import scale
 from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.config import Matching
-from lwd_jax.data.pictures import Rejected, decode, standardise
+from lwd_jax.data.pictures import Rejected, decode, from_uint8, standardise
 from lwd_jax.errors import UserError
 from lwd_jax.evaluate.spectrum import block_mean, high_frequency_share, latent_spectrum, rgb_reference
 from lwd_jax.objective.masks import MASKS, supervision_mask
@@ -136,16 +136,12 @@ class Space(NamedTuple):
     description: dict
 
 
-def _unit(picture: np.ndarray) -> np.ndarray:
-    return picture[None].astype(np.float32) / 127.5 - 1
-
-
 def open_space(models: str | None, autoencoder: str, dtype: str) -> Space:
     """The latent space of an autoencoder, or its stand-in."""
     if not models:
         block = STAND_IN_FACTOR
         name = f"the picture's own colours, averaged over blocks of {block} x {block} px, in place of a latent"
-        return Space(name, block, lambda picture: block_mean(_unit(picture), block), {"kind": "colours"})
+        return Space(name, block, lambda picture: block_mean(from_uint8(picture[None]), block), {"kind": "colours"})
     opened = open_given(models, autoencoder=autoencoder)
     module, params = opened.autoencoder(dtype=jnp.dtype(dtype))
 
@@ -153,9 +149,12 @@ def open_space(models: str | None, autoencoder: str, dtype: str) -> Space:
     def latent(params, x):
         return scale(module.config, module.apply({"params": params}, x, method="encode").mean).astype(jnp.float32)
 
+    def encode(picture: np.ndarray) -> np.ndarray:
+        return np.asarray(latent(params, from_uint8(picture[None])))
+
     name = f"latents of the autoencoder in {models}"
     description = {"kind": "latent", "models": opened.describe(), "dtype": dtype}
-    return Space(name, module.config.factor, lambda picture: np.asarray(latent(params, _unit(picture))), description)
+    return Space(name, module.config.factor, encode, description)
 
 
 # --------------------------------------------------------------------------------------------------------- looking
@@ -226,7 +225,7 @@ def draw(folder: Path, name: str, picture: np.ndarray, z: np.ndarray, seen: Seen
     kind = "latent" if args.models else "block means"
     spectra = {kind: latent_spectrum(z)}
     if args.models:
-        spectra[f"RGB, pooled by {space.factor}"] = rgb_reference(_unit(picture), space.factor)
+        spectra[f"RGB, pooled by {space.factor}"] = rgb_reference(from_uint8(picture[None]), space.factor)
     (folder / f"{name}_spectrum.png").write_bytes(figures.latent_spectrum(spectra, f"{name}: spectrum"))
 
 

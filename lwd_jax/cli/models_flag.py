@@ -1,22 +1,7 @@
 """`--models` with `--plain` and `--autoencoder`, shared by the commands that open models."""
 
-import dataclasses
-
 from lwd_jax.errors import UserError
 from lwd_jax.report.pipeline import FolderModels, WorkdirModels, open_models
-
-
-@dataclasses.dataclass(frozen=True)
-class _FolderWith(FolderModels):
-    """A diffusers folder whose autoencoder is taken from `other`, a folder or workdir."""
-
-    other: str = ""
-
-    def autoencoder(self, **options):
-        return open_models(self.other).autoencoder(**options)
-
-    def describe(self) -> dict:
-        return super().describe() | {"autoencoder": self.other}
 
 
 def open_given(models: str, *, plain: bool = False, autoencoder: str = "") -> FolderModels | WorkdirModels:
@@ -33,11 +18,9 @@ def open_given(models: str, *, plain: bool = False, autoencoder: str = "") -> Fo
     if autoencoder:
         open_models(autoencoder)  # a folder that is not there is named now, not when it is needed
     opened = open_models(models, ema=not plain, autoencoder=autoencoder)
-    if not isinstance(opened, FolderModels):
-        return opened
-    if plain:
+    if plain and isinstance(opened, FolderModels):
         raise UserError(
             f"--plain takes the last weights of a run instead of the averaged ones, but '{models}' is a diffusers "
             "folder, which has one set of weights."
         )
-    return _FolderWith(opened.path, other=autoencoder) if autoencoder else opened
+    return opened

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
 from lwd_jax.data import buckets
 from lwd_jax.data.dataset import Dataset
-from lwd_jax.data.pictures import UNREADABLE, decode
+from lwd_jax.data.pictures import UNREADABLE, decode, from_uint8
 from lwd_jax.data.records import STORAGE, float_array, pack, unpack
 from lwd_jax.data.store import Parts, Store
 from lwd_jax.data.text import States, TextEncoder
@@ -48,6 +50,21 @@ class Encoder:
     config: dict
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     dtype: str = "float32"
+
+
+def make_posterior(module) -> Callable:
+    """Jitted `f(params, pictures uint8 [B H W 3]) -> (mean, std)`, float32 [B h w C], unscaled, of an autoencoder.
+
+    An autoencoder without a variance has std 0. `lwd encode` runs this, and `lwd plan` compiles it.
+    """
+
+    @jax.jit
+    def posterior(params, pictures):
+        mean, logvar = module.apply({"params": params}, from_uint8(pictures), method="encode")
+        std = jnp.zeros_like(mean) if logvar is None else jnp.exp(0.5 * logvar)
+        return mean.astype(jnp.float32), std.astype(jnp.float32)
+
+    return posterior
 
 
 @dataclass(frozen=True)

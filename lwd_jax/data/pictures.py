@@ -1,7 +1,7 @@
 """Picture files in, 8-bit sRGB pixels out.
 
 `standardise` is for `lwd prepare`: it checks a file and brings it to the one form that datasets hold. `decode` is for
-training: it scales and crops a standard picture to its bucket.
+training: it scales and crops a standard picture to its bucket. `from_uint8` makes of pixels what models see.
 """
 
 import hashlib
@@ -184,3 +184,15 @@ def decode(data: bytes, size: tuple[int, int], place: tuple[float, float] = (0.5
     right, bottom = min(left + width / scale, image.width), min(top + height / scale, image.height)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
+
+
+def from_uint8(pixels):
+    """Pixels as models take them; sample.generate.to_uint8 is its inverse.
+
+    Args:
+      pixels: uint8 array of any shape, [B H W 3] as a rule: of NumPy, or of JAX and then inside a jitted function too.
+
+    Returns:
+      The same kind of array, float32, of the same shape: 0 is -1, 255 is 1.
+    """
+    return pixels.astype(np.float32) / 127.5 - 1

@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Config
-from lwd_jax.data.latents import open_latents
+from lwd_jax.data.latents import make_posterior, open_latents
 from lwd_jax.errors import UserError
 from lwd_jax.nn import attention
 from lwd_jax.nn.conditioning import Conditioning
@@ -195,18 +195,11 @@ def _autoencoder(config: Config, param_dtype) -> Opened:
 
 
 def _encode(plans: Plans) -> Planned:
-    """As `lwd encode --dtype` with the config's dtype: uint8 pictures -> mean and deviation."""
+    """As `lwd encode --dtype` with the config's dtype."""
     opened = _autoencoder(plans.config, jnp.float32)
-
-    @jax.jit
-    def encode(params, pictures):
-        x = pictures.astype(jnp.float32) / 127.5 - 1
-        mean, logvar = opened.module.apply({"params": params}, x, method="encode")
-        return mean, jnp.zeros_like(mean) if logvar is None else jnp.exp(0.5 * logvar)
-
     side = plans.config.resolution
     pictures = plans.batch({"x": (batch_parts(plans.mesh), side, side, 3)}, jnp.uint8)["x"]
-    return _forward(plans, "encode", encode, (_whole(plans, opened), pictures))
+    return _forward(plans, "encode", make_posterior(opened.module), (_whole(plans, opened), pictures))
 
 
 def _whole(plans: Plans, opened: Opened) -> Any:

@@ -81,13 +81,17 @@ class FolderModels:
     Attributes:
       path: the folder.
       config: None; a folder is no run.
+      other_autoencoder: a folder or workdir to take the autoencoder from, "" = its own.
     """
 
     path: Path
     config: None = None
+    other_autoencoder: str = ""
 
     def autoencoder(self, **options):
         """(module, params); options as of `_read`."""
+        if self.other_autoencoder:
+            return open_models(self.other_autoencoder).autoencoder(**options)
         return _read(AUTOENCODER, self.path, True, **options)
 
     def backbone(self, **options):
@@ -124,7 +128,8 @@ class FolderModels:
 
     def describe(self) -> dict:
         """A JSON object that says what was opened."""
-        return {"path": str(self.path)}
+        other = {"autoencoder": self.other_autoencoder} if self.other_autoencoder else {}
+        return {"path": str(self.path)} | other
 
     def manifest(self) -> dict:
         """lwd.json of an exported folder, or {}."""
@@ -227,7 +232,8 @@ def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str =
     Args:
       path: a folder with model_index.json, the folder of one model, or a workdir with config.json and checkpoints/.
       ema: of a workdir, the averaged weights.
-      autoencoder: another folder or workdir to take the autoencoder of a workdir from; "" = the one its run used.
+      autoencoder: another folder or workdir to take the autoencoder from; "" = the folder's own, or the one that the
+        run used.
 
     Raises:
       UserError: there is no such folder, or it is neither.
@@ -238,7 +244,7 @@ def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str =
     if is_workdir(path):
         return WorkdirModels(path, read_run(path), ema, autoencoder)
     if any((path / name).is_file() for name in ("model_index.json", "config.json")):
-        return FolderModels(path)
+        return FolderModels(path, other_autoencoder=autoencoder)
     raise UserError(f"'{path}' holds no models: it is neither a diffusers folder nor a workdir.")
 
 

@@ -21,6 +21,7 @@ from lwd_jax.autoencoders import kl
 from lwd_jax.config import Config, Matching
 from lwd_jax.data.batches import held_out, held_out_captions
 from lwd_jax.data.latents import open_latents
+from lwd_jax.data.pictures import from_uint8
 from lwd_jax.data.text import open_text_encoder
 from lwd_jax.errors import UserError, choose
 from lwd_jax.evaluate.fidelity import psnr, ssim
@@ -74,7 +75,7 @@ def make_reconstruct(module, scales: tuple[int, ...], out_shardings=None) -> Cal
     """
 
     def one(params, pictures):
-        x = pictures.astype(jnp.float32) / 127.5 - 1
+        x = from_uint8(pictures)
         mean = module.apply({"params": params}, x, method="encode").mean
 
         def decode(z):
@@ -98,7 +99,7 @@ def make_encode(module) -> Callable:
 
     @jax.jit
     def one(params, pictures):
-        x = pictures.astype(jnp.float32) / 127.5 - 1
+        x = from_uint8(pictures)
         return kl.scale(module.config, module.apply({"params": params}, x, method="encode").mean)
 
     def encode(params, pictures: np.ndarray) -> np.ndarray:
@@ -125,7 +126,7 @@ def spectra(pictures: np.ndarray, latents: dict[str, np.ndarray], factor: int) -
     `factor`.
     """
     block = min(BLOCK, *(side for z in latents.values() for side in z.shape[1:3]))
-    x = pictures.astype(np.float32) / 127.5 - 1
+    x = from_uint8(pictures)
     reference = {f"RGB pooled by {factor}": rgb_reference(x, factor, block)}
     return reference | {name: latent_spectrum(z, block) for name, z in latents.items()}
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from lwd_jax.errors import UserError
 from lwd_jax.train.step import SUMMED
 
 FILE = "metrics.jsonl"
@@ -70,19 +71,37 @@ class Window:
         return line
 
 
+def _row(text: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of metrics.jsonl, as they stand and as JSON objects, without a last one that a kill cut short; [] of a
+    file that is not there.
+
+    Raises:
+      UserError: a line before the last one is broken; with the file's name and the line's number.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = [(text, _row(text)) for text in lines]
+    if rows and rows[-1][1] is None:
+        rows.pop()
+    for number, (_, row) in enumerate(rows, start=1):
+        if row is None:
+            raise UserError(f"Line {number} of {path} is not the JSON object of a step; remove that line.")
+    return rows
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Removes the lines of steps after `step`, and a last line that a kill cut short."""
     if not path.exists():
         return
-    kept = []
-    for text in path.read_text().splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except ValueError:
-            continue
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{text}\n" for text in kept))
+    partial.write_bytes(b"".join(text + b"\n" for text, row in _rows(path) if row["step"] <= step))
     partial.replace(path)
 
 
@@ -126,6 +145,9 @@ def _json(value: Any) -> Any:
 
 
 def read(workdir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; [] before the first."""
-    path = Path(workdir) / FILE
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a run's metrics.jsonl, without a last one that a kill cut short; [] before the first.
+
+    Raises:
+      UserError: a line before the last one is broken.
+    """
+    return [row for _, row in _rows(Path(workdir) / FILE)]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from lwd_jax.config import Config
+from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.objective.matching import draw_times, matching_loss
@@ -109,7 +110,7 @@ def autoencoder_stage(config: Config, module: nn.Module, init: Callable, percept
     """
 
     def loss(perceptual, params, batch, keys):
-        x = batch["picture"].astype(jnp.float32) / 127.5 - 1
+        x = from_uint8(batch["picture"])
         per_picture, metrics = reconstruction_loss(
             lambda x: module.apply({"params": params}, x, method="encode"),
             lambda z: module.apply({"params": params}, z, method="decode"),

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_models import write_workdir
 
 from lwd_jax.cli import main
+from lwd_jax.train.checkpoint import MANIFEST
 
 
 def sentence(capsys):
@@ -64,4 +65,15 @@ def test_a_description_that_is_cut_off_is_named(tmp_path, capsys):
         (run / name).write_text((run / name).read_text()[:-20])
         assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "out")]) == 2
         assert "JSON" in sentence(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_cut_file_that_a_library_reads_is_one_sentence(tmp_path, capsys):
+    """Orbax reads it: the run was killed before it wrote the checksums that would have named it."""
+    run = write_workdir(tmp_path / "run", 1)
+    step = run / "checkpoints" / "7"
+    (step / MANIFEST).unlink()
+    (step / "params" / "_METADATA").write_bytes((step / "params" / "_METADATA").read_bytes()[:-20])
+    assert main(["export", "--workdir", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "is it cut off?" in sentence(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -12,17 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tiny_models import TEXT, autoencoder, backbone
+from tiny_models import autoencoder, write_inputs
 
 from lwd_jax.autoencoders import save_autoencoder
-from lwd_jax.backbones import save_backbone
 from lwd_jax.cli import main
-from lwd_jax.cli.encode import make_encoder
-from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
-from lwd_jax.data.latents import Plan, encode_dataset
-from lwd_jax.data.text import hashed_words
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
 from lwd_jax.train.models import read_description
@@ -51,31 +45,17 @@ def config_of(root, stage):
     return config
 
 
-def quiet(*_):
-    pass
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Pictures, a small autoencoder and backbone, latents, and a config for each stage."""
     root = tmp_path_factory.mktemp("train")
-    (root / "images").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(9):
-        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
-    paths = find_pictures(root / "images")
-    write_dataset(root / "dataset", root / "images", paths, [(f"picture {i}",) for i in range(9)], quiet)
-    save_autoencoder(root / "vae", *autoencoder(0))
+    write_inputs(root)
     save_autoencoder(root / "other", *autoencoder(1))
-    save_backbone(root / "transformer", *backbone(0))
     shutil.copytree(root / "vae", root / "torn")
     file = next((root / "torn").glob("*.safetensors"))
     tensors = load_file(file)
     del tensors["decoder.conv_in.bias"]
     save_file(tensors, file)
-    plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
-    encoder = make_encoder(*autoencoder(0), 4)
-    encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None, **TEXT), plan, quiet)
     for stage in (1, 2):
         (root / f"stage{stage}.json").write_text(json.dumps(config_of(root, stage)))
     return root

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import quiet, write_data
 
 from lwd_jax.config import Config, Data, Matching
 from lwd_jax.data import batches as module
 from lwd_jax.data.batches import IDENTITY, STATE, held_out, held_out_captions, make_batches
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
-from lwd_jax.data.latents import Encoder, Plan, encode_dataset
+from lwd_jax.data.latents import Encoder, Plan
 from lwd_jax.data.text import hashed_words
 from lwd_jax.errors import UserError
 
@@ -20,22 +21,15 @@ SHAPES = [(40, 60), (61, 40), (48, 48)]
 COUNT = 17
 
 
-def quiet(*_):
-    pass
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A dataset of plain pictures, each of its own grey level, and its latents."""
     root = tmp_path_factory.mktemp("data")
-    (root / "images").mkdir()
-    for i in range(COUNT):
-        Image.new("RGB", SHAPES[i % 3][::-1], (10 * i,) * 3).save(root / "images" / f"{i:02}.png")
+    pictures = [np.full((*SHAPES[i % 3], 3), 10 * i, np.uint8) for i in range(COUNT)]
     captions = [(f"picture {i}", f"number {i}") for i in range(COUNT)]
-    write_dataset(root / "dataset", root / "images", find_pictures(root / "images"), captions, quiet)
     encoder = Encoder("f" * 64, {"scaling": 1.0, "shift": 0.0, "latent_channels": 2}, toy_encode)
     plan = Plan(resolution=64, smallest_bucket=1, storage="float32")
-    encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None), plan, quiet)
+    write_data(root, pictures, captions, encoder, hashed_words(None), plan)
     return root
 
 

@@ -4,12 +4,14 @@ import io
 import sys
 import zlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from lwd_jax.data import pictures
-from lwd_jax.data.pictures import Rejected, decode, standardise
+from lwd_jax.data.pictures import Rejected, decode, from_uint8, standardise
+from lwd_jax.sample.generate import to_uint8
 
 
 def encoded(image, kind="PNG", **options):
@@ -189,3 +191,13 @@ def test_the_limit_is_not_left_behind(monkeypatch):
     with pytest.raises(pictures.Rejected, match="bomb"):
         pictures.standardise(encoded(Image.new("RGB", (64, 64))))
     assert Image.MAX_IMAGE_PIXELS == usual
+
+
+def test_pixels_as_models_take_them():
+    """Black is -1, white is 1; NumPy and XLA agree, and each of the 256 values comes back."""
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    host, device = from_uint8(values), jax.jit(from_uint8)(values)
+    assert host.dtype == device.dtype == np.float32 and isinstance(host, np.ndarray)
+    assert (host.min(), host.max()) == (-1, 1) and abs(host.mean(dtype=np.float64)) < 1e-7
+    np.testing.assert_allclose(host, device, rtol=0, atol=2e-7)
+    np.testing.assert_array_equal(to_uint8(host), values)

@@ -55,18 +55,24 @@ def test_no_matrix_of_logits_is_kept_for_the_backward_pass():
     assert kept and all(leaf.size <= q.size for leaf in kept)
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """The implementations that were asked for, one after the other; none of them runs."""
+    found = []
+
+    def recorded(q, k, v, mask=None, implementation=None):
+        found.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    return found
+
+
 @pytest.mark.parametrize(
     ("dtype", "head", "fused"),
     [(jnp.bfloat16, 64, True), (jnp.float16, 128, True), (jnp.float32, 64, False), (jnp.bfloat16, 12, False)],
 )
-def test_which_kernel_a_gpu_runs(monkeypatch, dtype, head, fused):
-    chosen = []
-
-    def recorded(q, k, v, mask=None, implementation=None):
-        chosen.append(implementation)
-        return q
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+def test_which_kernel_a_gpu_runs(chosen, dtype, head, fused):
     q = jnp.zeros((1, 2, 1, head), dtype)
     for platform in ("gpu", "cpu"):
         with for_platform(platform):
@@ -78,15 +84,8 @@ def test_which_kernel_a_gpu_runs(monkeypatch, dtype, head, fused):
     ("lengths", "masked", "fused"),
     [((4, 6), True, True), ((3, 6), True, False), ((4, 5), True, False), ((3, 5), False, True)],
 )
-def test_a_mask_over_odd_lengths_is_not_for_cudnn(monkeypatch, lengths, masked, fused):
+def test_a_mask_over_odd_lengths_is_not_for_cudnn(chosen, lengths, masked, fused):
     """It would raise as soon as a gradient is taken."""
-    chosen = []
-
-    def recorded(q, k, v, mask=None, implementation=None):
-        chosen.append(implementation)
-        return q
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
     q, k = (jnp.zeros((1, length, 1, 64), jnp.bfloat16) for length in lengths)
     with for_platform("gpu"):
         attention(q, k, k, real=jnp.ones((1, lengths[1]), bool) if masked else None)

@@ -4,19 +4,11 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
-from tiny_models import TEXT, autoencoder, backbone
+from tiny_models import write_inputs
 
-from lwd_jax.autoencoders import save_autoencoder
-from lwd_jax.backbones import save_backbone
-from lwd_jax.cli.encode import make_encoder
 from lwd_jax.config import load_config
 from lwd_jax.data.batches import held_out
-from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
-from lwd_jax.data.latents import Plan, encode_dataset
-from lwd_jax.data.text import hashed_words
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import previews
@@ -26,25 +18,11 @@ from lwd_jax.train.setup import make_setup
 HELD_OUT = 6  # more than SHOWN: the loss is of all of them
 
 
-def quiet(*_):
-    pass
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Stage 2 on small latents and hashed words, with prompts of its own."""
     root = tmp_path_factory.mktemp("previews")
-    (root / "images").mkdir()
-    random = np.random.default_rng(0)
-    for i in range(9):
-        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
-    paths = find_pictures(root / "images")
-    write_dataset(root / "dataset", root / "images", paths, [(f"picture {i}",) for i in range(9)], quiet)
-    save_autoencoder(root / "vae", *autoencoder(0))
-    save_backbone(root / "transformer", *backbone(0))
-    plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
-    encoder = make_encoder(*autoencoder(0), 4)
-    encode_dataset(open_dataset(root / "dataset"), root / "latents", encoder, hashed_words(None, **TEXT), plan, quiet)
+    write_inputs(root)
     models = {"autoencoder": "vae", "autoencoder_variant": "", "backbone": "transformer", "backbone_variant": ""}
     return load_config(
         {
