@@ -59,7 +59,8 @@ def plain_gradient(side):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "side, remat", [(64, "attention"), (64, "full"), pytest.param(128, "full", marks=pytest.mark.heavy)]
+    "side, remat",
+    [(64, "full"), *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((64, "attention"), (128, "full")))],
 )
 def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat):
     """Every policy gives the gradient of no remat. (On XLA:CPU one was once seen wrong, at one size alone.)"""

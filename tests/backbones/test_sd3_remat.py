@@ -76,7 +76,9 @@ def relative(a, b) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.heavy) if case == "64 px" else case for case in CASES]
+)
 @pytest.mark.parametrize("remat", ["attention", "full"])
 def test_gradients_under_jit_at_local_batch_1(remat, case):
     """No remat and finite differences agree with every policy. (A jitted remat on XLA:CPU was once seen wrong by 192 %
