@@ -5,10 +5,12 @@ of both, on the same noise and times, must agree before anything is timed. The m
 one state.
 
     python benchmarks/step.py                                              # a small model, on a CPU
+    python benchmarks/step.py --variant sd3-medium --depth 3 --batch 1     # few blocks of the true width, on a CPU
     python benchmarks/step.py --variant sd3-medium --resolution 1024 --dtype bfloat16 --batch 4 --compile   # a GPU
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -249,8 +251,8 @@ def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dic
     device = jax.devices()[0].device_kind
     peak = next((value for name, value in PEAK.items() if name in device and args.dtype == "bfloat16"), None)
     table = Table(
-        title=f"Stage-2 step: {args.variant}, {args.resolution} px, batch {args.batch}, {args.text} text tokens, "
-        f"{args.dtype}, remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by formula"
+        title=f"Stage-2 step: {args.variant}, {config.num_layers} blocks, {args.resolution} px, batch {args.batch}, "
+        f"{args.text} text tokens, {args.dtype}, remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by formula"
     )
     for name in ("step", "median ms", "fastest ms", "pictures/s", "TFLOP/s", "MFU", "speed-up"):
         table.add_column(name, justify="left" if name == "step" else "right")
@@ -278,6 +280,7 @@ def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="tiny", choices=sorted(sd3.VARIANTS))
+    parser.add_argument("--depth", type=int, help="blocks, where a machine has no room for all of the variant's")
     parser.add_argument("--resolution", type=int, default=256, help="px (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=sorted(AGREE))
     parser.add_argument("--batch", type=int, default=4)
@@ -289,6 +292,9 @@ def main() -> None:
     args = parser.parse_args()
 
     config = sd3.VARIANTS[args.variant]
+    if args.depth:
+        dual = min(config.dual_layers, args.depth - 1)  # the last block is never dual
+        config = dataclasses.replace(config, num_layers=args.depth, dual_layers=dual)
     batch = random_batch(args, config)
     theirs = TorchStep(args, config, batch)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in theirs.model.state_dict().items()}

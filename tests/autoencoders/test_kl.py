@@ -20,7 +20,6 @@ from lwd_jax.weights.table import cover, flat
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 FOUR = kl.Config(4, (8, 16, 16), 1, 4, use_quant_conv=True, use_post_quant_conv=True)
 SIXTEEN = kl.Config(16, (8, 16), 2, 8)
-FAST = {"xla_backend_optimization_level": 0}  # halves the compile time; the numbers are the same to rounding
 SMALL = {"4 channels, quant convs": FOUR, "16 channels": SIXTEEN}
 
 
@@ -34,7 +33,7 @@ def run(config: kl.Config, params, x, method: str, **kinds):
     def method_of(p, x):
         return kl.AutoencoderKL(config, **kinds).apply({"params": p}, x, method=method)
 
-    return jax.jit(method_of, compiler_options=FAST)(params, x)
+    return jax.jit(method_of)(params, x)
 
 
 @pytest.mark.parametrize("config, latent", [(FOUR, (1, 3)), (FOUR, (5, 4)), (SIXTEEN, (7, 5))])
@@ -68,7 +67,7 @@ def test_gradients_equal_diffusers(config):
         picture = module.apply({"params": params}, posterior.mean, method="decode")
         return jnp.mean((picture - x) ** 2) + 0.1 * jnp.mean(jnp.exp(posterior.logvar) + posterior.mean**2)
 
-    value, (of_params, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=FAST)(params, x)
+    value, (of_params, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
     their_x = nchw(torch, x).requires_grad_()
     dist = twin.encode(their_x).latent_dist
     theirs = ((twin.decode(dist.mean).sample - their_x) ** 2).mean()

@@ -11,7 +11,6 @@ PLAIN = sd3.Config(
     sample_size=32, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=3,
     joint_attention_dim=40, pooled_projection_dim=24, pos_embed_max_size=10,
 )  # fmt: skip
-FAST = {"xla_backend_optimization_level": 0}  # halves the compile time; the numbers are the same to rounding
 
 
 def foreign_model(config):
