@@ -252,7 +252,8 @@ def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dic
     peak = next((value for name, value in PEAK.items() if name in device and args.dtype == "bfloat16"), None)
     table = Table(
         title=f"Stage-2 step: {args.variant}, {config.num_layers} blocks, {args.resolution} px, batch {args.batch}, "
-        f"{args.text} text tokens, {args.dtype}, remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by formula"
+        f"{args.text} text tokens, {args.dtype}, remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by "
+        "formula"
     )
     for name in ("step", "median ms", "fastest ms", "pictures/s", "TFLOP/s", "MFU", "speed-up"):
         table.add_column(name, justify="left" if name == "step" else "right")
