@@ -156,7 +156,8 @@ def backbone_stage(
         )
 
     def loss(params, batch, keys):
-        z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
+        with jax.named_scope("draw"):
+            z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
         cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
         per_picture, metrics = matching_loss(
             lambda z_t, t, cond: module.apply({"params": params}, z_t, t, cond), z0, cond, t, noise, matching

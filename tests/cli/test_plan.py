@@ -82,7 +82,7 @@ def test_a_sweep_without_libtpu_is_by_estimate(monkeypatch, capsys, tmp_path):
 
 
 def test_a_sweep_compiles(capsys, tmp_path):
-    """On devices of this machine, of which no memory and no speed is known: what was tried is compiled, the config as it
+    """On devices of this machine, of which no memory and no speed is known: what is tried is compiled, the config as it
     is first, and a row says what it takes.
     """
     file = tmp_path / "plan.json"
