@@ -5,6 +5,7 @@ evaluated by shape, and the table says what is missing. A slice is KIND:SHAPE in
 tpu7x:2x2x1; GPUs are counted, h200:8, and are compiled for where they are; cpu:8 stands for devices of this machine.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
 from lwd_jax.plan.compile import plan_program
+from lwd_jax.plan.flags import as_words, flags_of
 from lwd_jax.plan.programs import Makers, names_of
 from lwd_jax.plan.result import Result
 from lwd_jax.plan.search import Try, suggest, sweep
@@ -25,6 +27,14 @@ from lwd_jax.sample.generate import make_decoder, make_sampler
 EXAMPLE = "lwd plan --config=configs/stage2_sd3_1024.py --topology v5e:4x4 --json plan.json"
 TRIES = 6  # of a sweep: some minutes each, where they are not kept from an earlier one
 MAKERS = Makers(make_sampler, make_decoder)
+
+
+class _PrintFlags(argparse.Action):
+    """As --version does: prints and ends."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(as_words(flags_of(values)))
+        parser.exit()
 
 
 def arguments(parser) -> None:
@@ -47,6 +57,13 @@ def arguments(parser) -> None:
         "(default %(const)s), the config as it is among them",
     )
     parser.add_argument("--fresh", action="store_true", help="compile again what is kept from an earlier plan")
+    parser.add_argument(
+        "--flags",
+        action=_PrintFlags,
+        metavar="KIND",
+        help="print the flags that plans are compiled with and runs are launched with, for LIBTPU_INIT_ARGS (GPUs: "
+        "XLA_FLAGS), and end; a chip kind or an accelerator type such as v5litepod-16, gpu",
+    )
     parser.add_argument("--json", help="file to write the figures to")
 
 

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 from lwd_jax.config import Config
 from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from lwd_jax.plan import cache
+from lwd_jax.plan.flags import flags_of
 from lwd_jax.plan.hlo import Module, estimated_cycles, memory_bytes
 from lwd_jax.plan.programs import Makers, Planned, planned
 from lwd_jax.plan.result import Memory, Result
@@ -77,11 +78,13 @@ def evaluate(program: Planned, mesh: Any, topology: Topology) -> Result:
 
 
 def compile_program(program: Planned, mesh: Any, topology: Topology) -> Result:
-    """Compiles a program for the devices of a topology; what the compiler refuses is a result too."""
+    """Compiles a program for the devices of a topology, with the flags of its kind; what the compiler refuses is a
+    result too.
+    """
     result = evaluate(program, mesh, topology)
     start = time.perf_counter()
     try:
-        compiled = program.lower().compile()
+        compiled = program.lower().compile(compiler_options=flags_of(topology.name))
     except jax.errors.JaxRuntimeError as error:
         asked = _asked_for(error)
         missing = "" if asked else f"Does not compile: {' '.join(str(error).split())[:200]}"
