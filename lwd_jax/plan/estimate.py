@@ -22,7 +22,7 @@ from lwd_jax.parallel.rules import batch_shardings
 from lwd_jax.plan.compile import resident_bytes
 from lwd_jax.plan.count import Operations, operations_of
 from lwd_jax.plan.flops import TRAINING, sd3_forward
-from lwd_jax.plan.programs import abstract_stage, placed, text_tokens
+from lwd_jax.plan.programs import abstract_stage, placed
 from lwd_jax.plan.result import Result
 from lwd_jax.plan.topology import Topology
 from lwd_jax.plan.traffic import BETWEEN_SLICES, SENT, Traffic
@@ -49,15 +49,12 @@ class Tokens(NamedTuple):
     """What the backbone of stage 2 exchanges between the chips of one picture.
 
     Attributes:
-      count, width, heads: of the residual stream, pictures and text together.
-      rows: of patches, which `context` divides among its chips.
+      count, width: of the residual stream, pictures and text together.
       layers: blocks with an attention each.
     """
 
     count: int
     width: int
-    heads: int
-    rows: int
     layers: int
 
 
@@ -70,6 +67,9 @@ class Shapes(NamedTuple):
       batch: name -> ShapeDtypeStruct of one picture.
       work: remat policy -> of one picture.
       model: FLOPs of one picture by formula, nothing recomputed.
+      heads: of an attention, which `tensor` divides.
+      rows: of what is least high (patches; in stage 1, the smallest latent that is decoded), which `context` divides.
+      blocks: of which one at a time is recomputed; stage 1: of the decoder, the larger half.
       tokens: of a backbone; None in stage 1.
     """
 
@@ -78,6 +78,9 @@ class Shapes(NamedTuple):
     batch: dict[str, Any]
     work: dict[str, Work]
     model: float
+    heads: int
+    rows: int
+    blocks: int
     tokens: Tokens | None
 
 
@@ -107,21 +110,29 @@ def _work(config: Config, remat: str) -> Work:
     return Work(operations_of(jaxpr, wanted), float(sum(math.prod(x.shape) * x.dtype.itemsize for x in waits)))
 
 
-def _tokens(config: Config, stage: Stage) -> Tokens | None:
-    if config.stage == 1:
-        return None
-    backbone = open_trained(config).module.config
-    rows, columns = (side // backbone.patch_size for side in stage.batch["mean"].shape[1:3])
-    count = rows * columns + stage.batch["tokens"].shape[1]
-    return Tokens(count, backbone.width, backbone.num_attention_heads, rows, backbone.num_layers)
+class _Sizes(NamedTuple):
+    """What differs between the stages: the last fields of Shapes."""
+
+    model: float
+    heads: int
+    rows: int
+    blocks: int
+    tokens: Tokens | None
 
 
-def _model(config: Config, stage: Stage, plain: Operations) -> float:
-    """FLOPs of one picture; of an autoencoder, the count without recomputation."""
+def _sizes(config: Config, stage: Stage, plain: Operations) -> _Sizes:
+    """Of one picture; `plain`: of its gradient, nothing recomputed, which is an autoencoder's formula."""
+    sizes = open_trained(config).module.config
     if config.stage == 1:
-        return plain.total
+        scales = config.reconstruction.scales if config.reconstruction.alpha else ()
+        height = stage.batch["picture"].shape[1] // sizes.factor
+        blocks = len(sizes.block_out_channels) * (sizes.layers_per_block + 1)
+        return _Sizes(plain.total, 1, height // max(scales, default=1), blocks, None)
     height, width = stage.batch["mean"].shape[1:3]
-    return float(TRAINING * sd3_forward(open_trained(config).module.config, height, width, text_tokens(config)))
+    rows, columns, text = height // sizes.patch_size, width // sizes.patch_size, stage.batch["tokens"].shape[1]
+    model = float(TRAINING * sd3_forward(sizes, height, width, text))
+    tokens = Tokens(rows * columns + text, sizes.width, sizes.num_layers)
+    return _Sizes(model, sizes.num_attention_heads, rows, sizes.num_layers, tokens)
 
 
 def evaluate_shapes(config: Config, platform: str, remats: tuple[str, ...]) -> Shapes:
@@ -141,8 +152,7 @@ def evaluate_shapes(config: Config, platform: str, remats: tuple[str, ...]) -> S
         work = {remat: _work(single, remat) for remat in remats}
     trainable = split(state.params, trained_paths(stage, single, state.params))[0]
     trained = float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) * _FLOAT32)
-    model = _model(single, stage, work["none"].operations)
-    return Shapes(state, trained, stage.batch, work, model, _tokens(single, stage))
+    return Shapes(state, trained, stage.batch, work, *_sizes(single, stage, work["none"].operations))
 
 
 # ------------------------------------------------------------------------------------------------- one mesh and batch
@@ -154,7 +164,8 @@ class Estimate(NamedTuple):
     Attributes:
       result: its resident bytes and operations by shape evaluation, traffic and moved memory by formula; its peak is
         not known.
-      temporaries: bytes per chip beside the resident ones: gradients, and what waits for the backward pass.
+      temporaries: bytes per chip beside the resident ones: gradients, what waits for the backward pass, and the inside
+        of the block that is recomputed. The compiler's buffers come on top.
     """
 
     result: Result
@@ -188,10 +199,11 @@ def estimate(config: Config, topology: Topology, shapes: Shapes, mesh: AbstractM
     pictures, work = config.data.batch_size, shapes.work[config.remat]
     batch = batch_of(shapes, pictures)
     resident = state + resident_bytes(placed(batch, batch_shardings(batch, mesh)))
+    saved = work.saved + max(shapes.work["none"].saved - work.saved, 0.0) / shapes.blocks
     # A picture's activations lie over context; the residual stream, most of what remat policies save, is whole along
     # tensor. Only those of one accumulation step wait.
     of_chip = pictures / (batch_parts(mesh) * mesh.shape["context"])
-    temporaries = _of_shard(shapes.trained, mesh) + work.saved * of_chip / config.optimizer.accumulate
+    temporaries = _of_shard(shapes.trained, mesh) + saved * of_chip / config.optimizer.accumulate
     result = Result(
         program="train",
         pictures=pictures,
@@ -244,12 +256,12 @@ def _traffic(config: Config, shapes: Shapes, mesh: AbstractMesh, slices: int):
         ("data", "all-reduce", gradients),
     ]
     if shapes.tokens is not None:
-        count, width, heads, _, layers = shapes.tokens
+        count, width, layers = shapes.tokens
         share = count / context * width * _half(config) * layers * config.data.batch_size / batch_parts(mesh)
         passes = 3 if config.remat == "full" else 2
         # Two sums a block over the partial results of tensor, forward and backward.
         rows.append(("tensor", "all-reduce", 2 * passes * share))
-        if attention.exchange(heads // tensor, context) == "ulysses":  # q k v there, the result back
+        if attention.exchange(shapes.heads // tensor, context) == "ulysses":  # q k v there, the result back
             rows.append(("context", "all-to-all", 4 * passes * share / tensor))
         else:  # k and v there, their gradients back
             rows.append(("context", "all-gather", 2 * passes * share / tensor))

@@ -148,23 +148,16 @@ def meshes(devices: int) -> Iterator[tuple[int, ...]]:
             yield data, fsdp, context, tensor
 
 
-def _refusal(config: Config, sizes: tuple[int, ...], shapes: Shapes, slices: int) -> str:
+def _refusal(sizes: tuple[int, ...], shapes: Shapes, slices: int) -> str:
     """Why a mesh is not possible; "" where it is."""
     data, _, context, tensor = sizes
     if data % slices:
         return "data does not divide over the slices"
-    heads, rows = (shapes.tokens.heads, shapes.tokens.rows) if shapes.tokens else (1, _pooled_rows(config, shapes))
-    if heads % tensor:
+    if shapes.heads % tensor:
         return "heads do not divide over tensor"
-    if rows % context:
+    if shapes.rows % context:
         return "a picture's rows do not divide over context"
     return ""
-
-
-def _pooled_rows(config: Config, shapes: Shapes) -> int:
-    """Stage 1: rows of the smallest latent that is decoded, of an autoencoder of factor 8."""
-    scales = config.reconstruction.scales if config.reconstruction.alpha else ()
-    return shapes.batch["picture"].shape[1] // 8 // max(scales, default=1)
 
 
 def _settings(config: Config, topology: Topology, sizes: tuple[int, ...], remat: str, batch: int) -> dict[str, Any]:
@@ -193,7 +186,7 @@ def candidates(config: Config, topology: Topology, shapes: Shapes) -> tuple[list
     most = limit(topology) or math.inf
     for sizes in meshes(topology.size):
         mesh = AbstractMesh(sizes, AXES)
-        if refusal := _refusal(config, sizes, shapes, topology.slices):
+        if refusal := _refusal(sizes, shapes, topology.slices):
             pruned[refusal] += 1
             continue
         try:
@@ -273,6 +266,15 @@ def _best(tried: list[Try], topology: Topology) -> Try | None:
     return next(each for each in fitting if _cost(each.result, topology) <= (1 + _ALIKE / 2) * least)
 
 
+def _attempt(config: Config, candidate: Candidate, topology: Topology, makers: Makers, fresh: bool) -> Try:
+    """As `attempt`; what turns out to be impossible is a result too, for it is no reason to lose the others."""
+    try:
+        return attempt(config, candidate.settings, topology, makers, fresh)
+    except UserError as mistake:
+        result = dataclasses.replace(candidate.estimate.result, missing=str(mistake))
+        return Try(candidate.settings, candidate.config, result)
+
+
 def _missing(topology: Topology) -> str:
     if topology.devices is None:
         return f"{topology.missing} Until then memory and times are estimates by shape, and nothing says that it fits."
@@ -304,7 +306,7 @@ def sweep(
     shapes = evaluate_shapes(config, topology.chip.platform, tuple(REMAT))
     left, pruned = candidates(config, topology, shapes)
     if not left:
-        reasons = "; ".join(f"{reason} ({count} meshes)" for reason, count in pruned.most_common())
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in pruned.most_common())
         raise UserError(f"No mesh, remat and batch of this run is possible on {topology.name}: {reasons}.")
     count, order, tried = len(left), Order(config, topology), []
     while left and len(tried) < most:
@@ -314,7 +316,7 @@ def sweep(
         if topology.devices is None:
             found = Try(candidate.settings, candidate.config, candidate.estimate.result)
         else:
-            found = attempt(config, candidate.settings, topology, makers, fresh)
+            found = _attempt(config, candidate, topology, makers, fresh)
             order.learn(candidate, found.result)
         tried.append(found)
         on_try(found)

@@ -126,7 +126,9 @@ def sweep_head() -> str:
 
 def sweep_row(tried: Try, topology: Topology) -> str:
     """One row: the mesh is data x fsdp x context x tensor, the state with the batch and by shape."""
-    result, bounds = tried.result, roofline(tried.result, topology)
+    result = tried.result
+    known = topology.devices is None or result.peak is not None  # else it did not compile
+    bounds = roofline(result, topology) if known else None
     cells = [
         "x".join(map(str, result.mesh.values())),
         tried.config.remat,
@@ -140,8 +142,7 @@ def sweep_row(tried: Try, topology: Topology) -> str:
         quantity(result.seconds or None, "s"),
     ]
     row = "  ".join(cell.ljust(width) for cell, width in zip(cells, _SWEEP.values())).rstrip()
-    refused = result.missing if result.missing and topology.devices is not None else ""
-    return f"{row}\n  {refused}" if refused else row
+    return row if known else f"{row}\n  {result.missing}"
 
 
 def _hours(config: Config, best: Try, topology: Topology) -> tuple[float, float] | None:

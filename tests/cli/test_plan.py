@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lwd_jax.cli import main
-from lwd_jax.plan import topology
+from lwd_jax.plan import flags, topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SD3 = f"--config={CONFIGS / 'stage2_sd3_1024.py'}"
@@ -81,10 +81,12 @@ def test_a_sweep_without_libtpu_is_by_estimate(monkeypatch, capsys, tmp_path):
     assert all(row["result"]["peak"] is None and row["result"]["roofline"]["least"] > 0 for row in found["tried"])
 
 
-def test_a_sweep_compiles(capsys, tmp_path):
+def test_a_sweep_compiles(monkeypatch, capsys, tmp_path):
     """On devices of this machine, of which no memory and no speed is known: what is tried is compiled, the config as it
     is first, and a row says what it takes.
     """
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setitem(flags.FLAGS, "cpu", quick)
     file = tmp_path / "plan.json"
     small = ["--config.resolution=32", "--config.data.batch_size=2", "--config.mesh.data=2", "--config.mesh.fsdp=1"]
     assert main(["plan", TINY2, *small, "--topology", "cpu:2", "--sweep=1", "--json", str(file)]) == 0

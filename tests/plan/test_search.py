@@ -18,6 +18,7 @@ from lwd_jax.plan.programs import planned
 from lwd_jax.plan.result import Memory, Result, limit
 from lwd_jax.plan.roofline import roofline
 from lwd_jax.plan.search import candidates, knobs, meshes, suggest, sweep, with_settings
+from lwd_jax.plan.table import sweep_row
 from lwd_jax.plan.topology import parse
 
 REMATS = ("none", "attention", "full")
@@ -147,7 +148,7 @@ def test_candidates_divide_and_write_what_differs(shapes):
     for candidate in left:
         data, fsdp, context, tensor = mesh_shape(candidate.config.mesh, 8)
         assert candidate.config.data.batch_size % (data * fsdp) == 0
-        assert shapes.tokens.heads % tensor == 0 and shapes.tokens.rows % context == 0
+        assert shapes.heads % tensor == 0 and shapes.rows % context == 0
         assert with_settings(TINY, candidate.settings) == candidate.config
         assert candidate.estimate.result.pictures == candidate.config.data.batch_size
     batches = {candidate.config.data.batch_size for candidate in left if candidate.config.mesh == TINY.mesh}
@@ -229,6 +230,21 @@ def test_where_nothing_fits_there_is_no_best(compiled, shapes, monkeypatch):
     refused = Result("train", 8, {"data": 8}, 0.0, 1.0, Operations(), peak=None, missing="Does not compile: no")
     monkeypatch.setattr(search, "plan_program", lambda *_: refused)
     assert sweep(TINY, topology, MAKERS, 3, lambda tried: None).best is None
+
+
+def test_what_turns_out_to_be_impossible_does_not_end_a_sweep(compiled, shapes, monkeypatch):
+    compiles = search.plan_program
+
+    def plan_program(config, *others):
+        if config != TINY:
+            raise UserError("This is not possible.")
+        return compiles(config, *others)
+
+    monkeypatch.setattr(search, "plan_program", plan_program)
+    topology = slow_chip(shapes, 100.0)
+    found = sweep(TINY, topology, MAKERS, 4, lambda tried: None)
+    assert found.best.settings == {} and len(found.tried) == 4
+    assert all(sweep_row(each, topology).endswith("  This is not possible.") for each in found.tried[1:])
 
 
 def test_a_topology_without_a_possible_mesh_is_told(compiled):
