@@ -8,8 +8,9 @@ usage: bash launch/gke_jobset.sh --name NAME --image IMAGE --accelerator KIND --
          [options] -- [arguments of lwd train]
 
 Writes a JobSet manifest and hands it to kubectl apply. Every pod of a slice gets the same command; a preempted or
-failed slice restarts all of them, and the run resumes. A mistake in the command (exit code 2) ends it. Needs kubectl
-with access to a cluster that has JobSet, and an image with lwd_jax[tpu] and the folder configs/ in its working folder.
+failed slice restarts all of them, and the run resumes. A mistake in the command (exit code 2) ends it. The run starts
+with the flags of XLA that `lwd plan --flags KIND` prints. Needs kubectl with access to a cluster that has JobSet, and an
+image with lwd_jax[tpu], bash and the folder configs/ in its working folder.
 
   --name NAME           of the JobSet
   --image IMAGE         of the pods
@@ -70,6 +71,10 @@ verbatim() { # Kubernetes reads $(NAME) in a command as a variable of the pod, a
   json "$word"
 }
 
+# What the pods run: $0 is the accelerator, of which the table has the flags of XLA. What the image sets comes last.
+# shellcheck disable=SC2016 # is expanded in the pod
+start='LIBTPU_INIT_ARGS="$(lwd plan --flags "$0" || true) ${LIBTPU_INIT_ARGS:-}" exec lwd train "$@"'
+
 manifest() {
   local word
   cat <<YAML
@@ -119,7 +124,7 @@ YAML
               - {name: JAX_COMPILATION_CACHE_DIR, value: $(verbatim "$workdir/compiled")}
               resources:
                 limits: {google.com/tpu: $chips}
-              command: [lwd, train]
+              command: [bash, -c, $(verbatim "$start"), $(verbatim "$accelerator")]
               args:
 YAML
   for word in --workdir="$workdir" ${train[@]+"${train[@]}"}; do

@@ -9,7 +9,7 @@ usage: bash launch/slurm.sh [--nodes N] [--gpus N] [--retries N] [--dry_run] [op
 
 Installs this checkout with the extra [cuda] in its .venv (which all nodes must see) and submits a job with sbatch. Five
 minutes before the job's time limit, and when it is preempted, all processes save at the same step; the job is then put
-back in the queue and resumes.
+back in the queue and resumes. The run starts with the flags of XLA that `lwd plan --flags gpu` prints, and the job's own.
 
   --nodes N     (1)
   --gpus N      of each node (8)
@@ -30,6 +30,9 @@ die() {
 job() { # in the job: ROOT RETRIES [arguments of lwd train]
   local root="$1" retries="$2" code=0
   shift 2
+  # What is set already comes last, where it is what counts.
+  XLA_FLAGS="$("$root/.venv/bin/lwd" plan --flags gpu || true) ${XLA_FLAGS:-}"
+  export XLA_FLAGS
   trap : TERM # is for the tasks, which get it too; this waits for their exit code
   # Tasks that save end one after the other: the first must not have the rest killed.
   srun --ntasks-per-node=1 --kill-on-bad-exit=0 "$root/.venv/bin/lwd" train "$@" || code=$?

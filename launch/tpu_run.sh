@@ -28,6 +28,7 @@ the run going; the same command finds it again. Needs gcloud, logged in.
   --poll SECONDS      between two looks at the state of the slice (20)
   --dry_run           print every command, run none
 
+The run starts with the flags of XLA that `lwd plan --flags TYPE` prints, and those of LIBTPU_INIT_ARGS on the workers.
 Paths after -- are the workers', relative to a copy of this checkout. Compiled programs are kept in DIR/compiled, so
 that a slice that was made again does not compile again.
 
@@ -118,7 +119,7 @@ install() {
       tpu_worker.sh setup "$extras" "$bucket"
 }
 
-start() { on_workers all bash lwd_jax/launch/tpu_worker.sh start "$workdir" ${train[@]+"${train[@]}"}; }
+start() { on_workers all bash lwd_jax/launch/tpu_worker.sh start "$type" "$workdir" ${train[@]+"${train[@]}"}; }
 follow() { on_workers 0 bash lwd_jax/launch/tpu_worker.sh follow; }
 status() { on_workers 0 bash lwd_jax/launch/tpu_worker.sh status; } # running, or its exit code
 going() { [[ "$(status 2>/dev/null || true)" == *running ]]; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What tpu_run.sh does on a worker of a TPU slice, in the copy of the checkout that it brought:
-#   setup EXTRAS [BUCKET] | start WORKDIR [arguments of lwd train] | follow | status | stop
+#   setup EXTRAS [BUCKET] | start TYPE WORKDIR [arguments of lwd train] | follow | status | stop
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -38,9 +38,11 @@ start() {
 
 train() {
   local code=0
-  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$1/compiled}"
+  # What is set already comes last, where it is what counts; a type of which the table has no flags goes without.
+  LIBTPU_INIT_ARGS="$(.venv/bin/lwd plan --flags "$1" || true) ${LIBTPU_INIT_ARGS:-}"
+  export LIBTPU_INIT_ARGS JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$2/compiled}"
   trap : TERM # is for lwd, which gets it too; this waits for its exit code
-  .venv/bin/lwd train --workdir="$1" "${@:2}" || code=$?
+  .venv/bin/lwd train --workdir="$2" "${@:3}" || code=$?
   echo "$code" >"$ended"
 }
 

@@ -5,6 +5,7 @@ evaluated by shape, and the table says what is missing. A slice is KIND:SHAPE in
 tpu7x:2x2x1; GPUs are counted, h200:8, and are compiled for where they are; cpu:8 stands for devices of this machine.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -14,15 +15,26 @@ import jax
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
-from lwd_jax.plan.compile import plan_program, suggest
+from lwd_jax.plan.compile import plan_program
+from lwd_jax.plan.flags import as_words, flags_of
 from lwd_jax.plan.programs import Makers, names_of
 from lwd_jax.plan.result import Result
-from lwd_jax.plan.table import as_json, quantity, text
+from lwd_jax.plan.search import Try, suggest, sweep
+from lwd_jax.plan.table import as_json, quantity, sweep_head, sweep_json, sweep_row, sweep_text, text
 from lwd_jax.plan.topology import GIB, Topology, open_topology, parse
 from lwd_jax.sample.generate import make_decoder, make_sampler
 
 EXAMPLE = "lwd plan --config=configs/stage2_sd3_1024.py --topology v5e:4x4 --json plan.json"
+TRIES = 6  # of a sweep: some minutes each, where they are not kept from an earlier one
 MAKERS = Makers(make_sampler, make_decoder)
+
+
+class _PrintFlags(argparse.Action):
+    """As --version does: prints and ends."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(as_words(flags_of(values)))
+        parser.exit()
 
 
 def arguments(parser) -> None:
@@ -32,11 +44,26 @@ def arguments(parser) -> None:
     parser.add_argument(
         "--program",
         choices=("all", "train", "encode", "sample", "decode"),
-        default="all",
-        help="what to compile; sample decodes too (default %(default)s)",
+        help="what to compile; sample decodes too (default all; with --sweep, nothing beside it)",
     )
     parser.add_argument("--suggest", action="store_true", help="if the train step does not fit, try what makes it fit")
+    parser.add_argument(
+        "--sweep",
+        nargs="?",
+        type=int,
+        const=TRIES,
+        metavar="N",
+        help="find the best mesh, remat policy and batch of the train step for the topology; compiles at most N "
+        "(default %(const)s), the config as it is among them",
+    )
     parser.add_argument("--fresh", action="store_true", help="compile again what is kept from an earlier plan")
+    parser.add_argument(
+        "--flags",
+        action=_PrintFlags,
+        metavar="KIND",
+        help="print the flags that plans are compiled with and runs are launched with, for LIBTPU_INIT_ARGS (GPUs: "
+        "XLA_FLAGS), and end; a chip kind or an accelerator type such as v5litepod-16, gpu",
+    )
     parser.add_argument("--json", help="file to write the figures to")
 
 
@@ -47,44 +74,72 @@ def _check_writable(file: str) -> None:
         raise UserError(f"--json: there is no folder '{folder}'.")
 
 
-def _suggest(config: Config, topology: Topology) -> tuple[str, Result] | None:
-    def on_try(words: str, result: Result) -> None:
-        peak = "not known" if result.peak is None else f"{result.peak / GIB:.2f} GiB"
-        print(f"  {words}: peak {peak}, {'fits' if result.fits(topology) else 'does not fit'}", flush=True)
+def _plan(args, config: Config, topology: Topology) -> list[Result]:
+    """The results of the programs that were asked for, printed."""
+    if args.program is None and args.sweep is not None:
+        return []
+    results = []
+    for name in names_of(config.stage, args.program or "all"):
+        result = plan_program(config, topology, MAKERS, name, args.fresh)
+        if result.seconds:
+            print(f"compiled {name} in {quantity(result.seconds, 's')}", flush=True)
+        results.append(result)
+    print(f"\n{text(config, topology, results)}")
+    return results
+
+
+def _suggest(config: Config, topology: Topology) -> Try | None:
+    def on_try(tried: Try) -> None:
+        peak = "not known" if tried.result.peak is None else f"{tried.result.peak / GIB:.2f} GiB"
+        print(f"  {tried.words}: peak {peak}, {'fits' if tried.result.fits(topology) else 'does not fit'}", flush=True)
 
     print("\nWhat makes the train step fit:")
     found = suggest(config, topology, MAKERS, on_try)
-    print(f"Add {found[0]}" if found else "Nothing that was tried: take a larger slice.")
+    print(f"Add {found.words}" if found else "Nothing that was tried: take a larger slice.")
     return found
 
 
-def _next(args, results: list[Result], topology: Topology) -> str:
-    run = shlex.join([f"--config={args.config}", *args.overrides])
-    if any(result.fits(topology) is False for result in results) and not args.suggest:
+def _sweep(args, config: Config, topology: Topology) -> tuple[dict, Try | None]:
+    """(what plan["sweep"] becomes, the best settings), printed as it goes on."""
+    print(f"\nThe train step of {config.name or 'the run'} on {topology.name}, {topology.chips} chips:", flush=True)
+    print(sweep_head(), flush=True)
+
+    def on_try(tried: Try) -> None:
+        print(sweep_row(tried, topology), flush=True)
+
+    found = sweep(config, topology, MAKERS, args.sweep, on_try, args.fresh)
+    print(f"\n{sweep_text(config, topology, found)}")
+    return sweep_json(config, topology, found), found.best
+
+
+def _next(args, results: list[Result], topology: Topology, best: Try | None) -> str:
+    added = best.words.split() if best else []
+    run = shlex.join([f"--config={args.config}", *args.overrides, *added])
+    if any(result.fits(topology) is False for result in results) and not args.suggest and not best:
         return f"lwd plan {run} --topology {args.topology} --program train --suggest"
+    if args.sweep is not None and best is None:
+        return f"lwd plan {run} --topology {args.topology} --sweep {2 * args.sweep}, or a larger slice"
     return f"lwd train {run} --workdir=WORKDIR, on {topology.name}"
 
 
 def run(args) -> None:
+    if args.sweep is not None and args.sweep < 1:
+        raise UserError(f"--sweep: {args.sweep} tries find nothing.")
     config = read_config(args.config, args.overrides)
     if parse(args.topology, args.num_slices).chip.platform == "tpu":
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     topology = open_topology(args.topology, args.num_slices)
     if args.json:
         _check_writable(args.json)
-    results = []
-    for name in names_of(config.stage, args.program):
-        result = plan_program(config, topology, MAKERS, name, args.fresh)
-        if result.seconds:
-            print(f"compiled {name} in {quantity(result.seconds, 's')}", flush=True)
-        results.append(result)
-    print(f"\n{text(config, topology, results)}")
+    results, best = _plan(args, config, topology), None
     plan = as_json(config, topology, results)
-    if args.suggest and results[0].program == "train" and results[0].fits(topology) is False:
+    if args.suggest and results and results[0].program == "train" and results[0].fits(topology) is False:
         found = _suggest(config, topology)
-        plan["suggested"] = found and {"words": found[0], "peak": found[1].peak}
+        plan["suggested"] = found and {"words": found.words, "peak": found.result.peak}
+    if args.sweep is not None:
+        plan["sweep"], best = _sweep(args, config, topology)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             file.write(json.dumps(plan, indent=2) + "\n")
     where = f"Wrote {args.json}. " if args.json else ""
-    print(f"\n{where}Next: {_next(args, results, topology)}")
+    print(f"\n{where}Next: {_next(args, results, topology, best)}")

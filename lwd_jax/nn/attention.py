@@ -135,9 +135,11 @@ def exchange(heads: int, parts: int) -> str:
 def _exchanged(way: str, kernel, q, k, v, real):
     """A device's share of the positions -> its share of the result."""
 
+    @jax.named_scope("exchange")
     def whole(x):
         return None if x is None else jax.lax.all_gather(x, "context", axis=1, tiled=True)
 
+    @jax.named_scope("exchange")
     def swap(x, split, concat):
         return jax.lax.all_to_all(x, "context", split_axis=split, concat_axis=concat, tiled=True)
 
@@ -146,6 +148,7 @@ def _exchanged(way: str, kernel, q, k, v, real):
     return kernel(q, whole(k), whole(v), whole(real)) if way == "gather" else kernel(q, k, v, real)
 
 
+@jax.named_scope("attention")
 def joint_attention(*kinds: Tokens, kernel=_attend) -> tuple:
     """Attention of several kinds of tokens to all of them: softmax(q k^T / sqrt(d)) v per head.
 

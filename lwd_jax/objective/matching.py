@@ -92,18 +92,25 @@ def matching_loss(
       UserError: an unknown saliency, wavelet, mask rule or weighting.
     """
     z0, noise, t = (jnp.asarray(x, jnp.float32) for x in (z0, noise, t))
-    z_t = noised(z0, noise, t)
-    source = z0 if config.source == "clean" else z_t
-    saliency = choose(SALIENCIES, config.saliency, "saliency")(source, config.wavelet, config.levels)
-    mask = supervision_mask(saliency, t, config.floor, config.mask, config.softness)
-    mask = jax.lax.stop_gradient(mask)  # the map says where to learn; it is not learned itself
+    with jax.named_scope("path"):
+        z_t, target = noised(z0, noise, t), velocity(z0, noise)
+    with jax.named_scope("mask"):
+        source = z0 if config.source == "clean" else z_t
+        saliency = choose(SALIENCIES, config.saliency, "saliency")(source, config.wavelet, config.levels)
+        mask = supervision_mask(saliency, t, config.floor, config.mask, config.softness)
+        mask = jax.lax.stop_gradient(mask)  # the map says where to learn; it is not learned itself
 
-    error = predict(z_t, t, cond).astype(jnp.float32) - velocity(z0, noise)
-    per_sample = choose(WEIGHTINGS, config.weighting, "weighting")(t) * jnp.mean((mask * error) ** 2, axis=(1, 2, 3))
-    if config.normalise == "supervised":
-        positions = z0.shape[1] * z0.shape[2]
-        per_sample /= jnp.maximum(jnp.mean(mask**2, axis=(1, 2, 3)), 1 / positions)
+    with jax.named_scope("prediction"):
+        prediction = predict(z_t, t, cond).astype(jnp.float32)
+    with jax.named_scope("loss"):
+        error = prediction - target
+        weight = choose(WEIGHTINGS, config.weighting, "weighting")(t)
+        per_sample = weight * jnp.mean((mask * error) ** 2, axis=(1, 2, 3))
+        if config.normalise == "supervised":
+            positions = z0.shape[1] * z0.shape[2]
+            per_sample /= jnp.maximum(jnp.mean(mask**2, axis=(1, 2, 3)), 1 / positions)
 
-    squares = jnp.mean(jax.lax.stop_gradient(error) ** 2, axis=3, keepdims=True)
-    metrics = _metrics(squares, wavelet_saliency(z0), mask, t, config.time_bins)
+    with jax.named_scope("metrics"):
+        squares = jnp.mean(jax.lax.stop_gradient(error) ** 2, axis=3, keepdims=True)
+        metrics = _metrics(squares, wavelet_saliency(z0), mask, t, config.time_bins)
     return per_sample, {"loss": jnp.mean(per_sample)} | metrics

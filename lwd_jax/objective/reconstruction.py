@@ -102,17 +102,23 @@ def reconstruction_loss(
         raise UserError("Config field 'reconstruction.lpips' is not 0, but no LPIPS network was loaded.")
     x = x.astype(jnp.float32)
     sample_key, scale_key = jax.random.split(key)
-    z, kl = _latent(encode(x), sample_key, config.sample_posterior)
-    decoded = decode(z).astype(jnp.float32)
-
-    nothing = jnp.zeros(x.shape[0])
-    terms = {
-        "reconstruction": _per_sample(choose(DISTANCES, config.distance, "distance")(decoded - x)),
-        "scale_consistency": _scale_consistency(decode, z, x, scale_key, config) if config.alpha else nothing,
-        "kl": kl,
-        "lpips": perceptual(decoded, x) if config.lpips else nothing,
-    }
-    weights = {"reconstruction": 1.0, "scale_consistency": config.alpha, "kl": config.beta, "lpips": config.lpips}
-    per_sample = sum(weights[name] * term for name, term in terms.items())
-    metrics = {"loss": per_sample} | terms | {"psnr": psnr(decoded, x)}
-    return per_sample, {name: jnp.mean(value) for name, value in metrics.items()}
+    with jax.named_scope("encode"):
+        posterior = encode(x)
+    with jax.named_scope("posterior"):
+        z, kl = _latent(posterior, sample_key, config.sample_posterior)
+    with jax.named_scope("decode"):
+        decoded = decode(z).astype(jnp.float32)
+    terms = {"kl": kl} | dict.fromkeys(("scale_consistency", "lpips"), jnp.zeros(x.shape[0]))
+    if config.alpha:
+        with jax.named_scope("scale_consistency"):
+            terms["scale_consistency"] = _scale_consistency(decode, z, x, scale_key, config)
+    if config.lpips:
+        with jax.named_scope("lpips"):
+            terms["lpips"] = perceptual(decoded, x)
+    with jax.named_scope("loss"):
+        terms["reconstruction"] = _per_sample(choose(DISTANCES, config.distance, "distance")(decoded - x))
+        weights = {"reconstruction": 1.0, "scale_consistency": config.alpha, "kl": config.beta, "lpips": config.lpips}
+        per_sample = sum(weight * terms[name] for name, weight in weights.items())
+    with jax.named_scope("metrics"):
+        metrics = {"loss": per_sample} | terms | {"psnr": psnr(decoded, x)}
+        return per_sample, {name: jnp.mean(value) for name, value in metrics.items()}

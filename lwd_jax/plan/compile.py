@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import AbstractMesh
 from lwd_jax.config import Config
 from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from lwd_jax.plan import cache
+from lwd_jax.plan.flags import flags_of
 from lwd_jax.plan.hlo import Module, estimated_cycles, memory_bytes
 from lwd_jax.plan.programs import Makers, Planned, planned
 from lwd_jax.plan.result import Memory, Result
@@ -78,11 +78,13 @@ def evaluate(program: Planned, mesh: Any, topology: Topology) -> Result:
 
 
 def compile_program(program: Planned, mesh: Any, topology: Topology) -> Result:
-    """Compiles a program for the devices of a topology; what the compiler refuses is a result too."""
+    """Compiles a program for the devices of a topology, with the flags of its kind; what the compiler refuses is a
+    result too.
+    """
     result = evaluate(program, mesh, topology)
     start = time.perf_counter()
     try:
-        compiled = program.lower().compile()
+        compiled = program.lower().compile(compiler_options=flags_of(topology.name))
     except jax.errors.JaxRuntimeError as error:
         asked = _asked_for(error)
         missing = "" if asked else f"Does not compile: {' '.join(str(error).split())[:200]}"
@@ -124,66 +126,3 @@ def plan_program(config: Config, topology: Topology, makers: Makers, name: str, 
     result = compile_program(program, mesh, topology)
     cache.write(key, result)
     return result
-
-
-# --------------------------------------------------------------------------------------------------- what makes it fit
-
-
-def _with(config: Config, settings: dict[str, Any]) -> Config:
-    """The config with some fields changed: {"remat": "full", "mesh.context": 2}."""
-    for dotted, value in settings.items():
-        section, _, field = dotted.rpartition(".")
-        if section:
-            field, value = section, dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{field: value})
-    return config
-
-
-def _contexts(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
-    """Settings of 2, 4 and 8 chips for one picture; they are taken from `data`, or else from `fsdp`."""
-    data, fsdp, context, _ = mesh_shape(config.mesh, topology.size)
-    for chips in (2, 4, 8):
-        more = max(chips // context, 1)
-        from_data = data % (more * topology.slices) == 0
-        if chips <= context or chips % context or not (from_data or fsdp % more == 0):
-            continue
-        sizes = (data // more, fsdp) if from_data else (data, fsdp // more)
-        settings = dict(zip(("mesh.data", "mesh.fsdp", "mesh.context"), (*sizes, chips)))
-        accumulate = config.optimizer.accumulate * more  # as many chips fewer that take a picture each
-        fits = config.data.batch_size % (accumulate * sizes[0] * sizes[1]) == 0
-        yield settings | ({"optimizer.accumulate": accumulate} if fits else {})
-
-
-def knobs(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
-    """Settings that may make a train step fit, in the order of what they cost: recomputation, smaller parts of the same
-    batch, several chips for one picture.
-    """
-    settings = {}
-    if config.remat != "full":
-        settings["remat"] = "full"
-        yield dict(settings)
-    data, fsdp, *_ = mesh_shape(config.mesh, topology.size)
-    accumulate = config.optimizer.accumulate
-    while config.data.batch_size % (2 * accumulate * data * fsdp) == 0:
-        accumulate *= 2
-        settings["optimizer.accumulate"] = accumulate
-        yield dict(settings)
-    for more in _contexts(_with(config, settings), topology):
-        yield settings | more
-
-
-def suggest(
-    config: Config, topology: Topology, makers: Makers, on_try: Callable[[str, Result], None]
-) -> tuple[str, Result] | None:
-    """(words, result) of the first knob of a train step that makes it fit, or None. Each is compiled.
-
-    Args:
-      on_try: called with every (words, result).
-    """
-    for settings in knobs(config, topology):
-        words = " ".join(f"--config.{name}={value}" for name, value in settings.items())
-        result = plan_program(_with(config, settings), topology, makers, "train")
-        on_try(words, result)
-        if result.fits(topology):
-            return words, result
-    return None

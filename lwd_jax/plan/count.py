@@ -94,5 +94,9 @@ def _operations(jaxpr) -> Operations:
 def operations(function: Callable, *args) -> Operations:
     """Of `function(*args)`; the arguments may be ShapeDtypeStructs."""
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    alive, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _operations(alive)
+    return operations_of(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def operations_of(jaxpr, wanted: list[bool]) -> Operations:
+    """Of what a jaxpr computes for those of its outputs that are wanted."""
+    return _operations(partial_eval.dce_jaxpr(jaxpr, wanted)[0])

@@ -7,6 +7,7 @@ from typing import Any
 from lwd_jax.config import Config
 from lwd_jax.plan.result import MARGIN, Result, limit
 from lwd_jax.plan.roofline import Roofline, roofline
+from lwd_jax.plan.search import Sweep, Try
 from lwd_jax.plan.topology import GIB, Topology
 
 UNKNOWN = "-"
@@ -97,7 +98,7 @@ def heading(config: Config, topology: Topology, mesh: dict[str, int]) -> str:
 
 
 def text(config: Config, topology: Topology, results: list[Result]) -> str:
-    """The table."""
+    """The table of at least one program."""
     shown = columns(config, topology, results)
     labels = list(dict.fromkeys(label for column in shown for label in column))
     cells = [["per chip and run", *(result.program for result in results)]]
@@ -109,22 +110,106 @@ def text(config: Config, topology: Topology, results: list[Result]) -> str:
     return "\n".join([heading(config, topology, results[0].mesh), "", *lines, *(f"\nMissing: {m}" for m in missing)])
 
 
+# ------------------------------------------------------------------------------------------------------------ a sweep
+
+_SWEEP = {  # column -> width
+    "mesh d f c t": 16, "remat": 9, "batch": 6, "state": 11, "peak": 11, "fits": 12, "least time": 10, "binds": 8,
+    "pictures/s": 10, "compiled in": 11,
+}  # fmt: skip
+
+
+def sweep_head() -> str:
+    """Above the rows of a sweep: its columns and a line."""
+    head = "  ".join(name.ljust(width) for name, width in _SWEEP.items()).rstrip()
+    return f"{head}\n{'-' * len(head)}"
+
+
+def sweep_row(tried: Try, topology: Topology) -> str:
+    """One row: the mesh is data x fsdp x context x tensor, the state with the batch and by shape."""
+    result = tried.result
+    known = topology.devices is None or result.peak is not None  # else it did not compile
+    bounds = roofline(result, topology) if known else None
+    cells = [
+        "x".join(map(str, result.mesh.values())),
+        tried.config.remat,
+        str(tried.config.data.batch_size),
+        _gib(result.resident),
+        _gib(result.peak),
+        _verdict(result, topology),
+        quantity(bounds and bounds.least, "s"),
+        bounds.binds if bounds else UNKNOWN,
+        f"{bounds.pictures_per_second:.3g}" if bounds else UNKNOWN,
+        quantity(result.seconds or None, "s"),
+    ]
+    row = "  ".join(cell.ljust(width) for cell, width in zip(cells, _SWEEP.values())).rstrip()
+    return row if known else f"{row}\n  {result.missing}"
+
+
+def _hours(config: Config, best: Try, topology: Topology) -> tuple[float, float] | None:
+    """Chip-hours of the run's steps, and of as many pictures as the config has without the settings."""
+    bounds = roofline(best.result, topology)
+    if bounds is None:
+        return None
+    same = config.training.steps * config.data.batch_size / best.config.data.batch_size
+    return bounds.chip_hours(config.training.steps), bounds.chip_hours(1) * same
+
+
+def sweep_text(config: Config, topology: Topology, found: Sweep) -> str:
+    """What a sweep comes to: below its rows."""
+    lines = [f"{len(found.tried)} of {found.candidates} possible settings were tried."]
+    lines += [f"Not possible: {reason} ({count})" for reason, count in found.pruned.items()]
+    lines += [f"Missing: {found.missing}"] if found.missing else []
+    if found.best is None:
+        return "\n".join([*lines, "Nothing that was tried fits: try more (--sweep N), or take a larger slice."])
+    lines.append(f"Best, add: {found.best.words}" if found.best.settings else "Best: the config as it is.")
+    if (hours := _hours(config, found.best, topology)) is not None:
+        lines.append(f"Chip-hours, at least: {hours[0]:,.3g} for {config.training.steps:,} steps.")
+        if found.best.config.data.batch_size != config.data.batch_size:
+            lines.append(
+                f"The batch changes from {config.data.batch_size} to {found.best.config.data.batch_size}: the learning "
+                f"rate is yours to settle; as many pictures as now take {hours[1]:,.3g} chip-hours."
+            )
+    return "\n".join(lines)
+
+
+def _result_json(result: Result, topology: Topology) -> dict[str, Any]:
+    bounds = roofline(result, topology)
+    row = dataclasses.asdict(result) | {"traffic": [part._asdict() for part in result.traffic]}
+    row["counted"] = result.counted._asdict()
+    row["fits"] = result.fits(topology)
+    if bounds is not None:
+        row["roofline"] = dataclasses.asdict(bounds) | {
+            "least": bounds.least,
+            "binds": bounds.binds,
+            "mfu_cap": bounds.cap,
+            "pictures_per_second": bounds.pictures_per_second,
+        }
+    return row
+
+
+def sweep_json(config: Config, topology: Topology, found: Sweep) -> dict[str, Any]:
+    """The same as numbers; `best` is a row of `tried`, by its number."""
+    rows = [
+        {"settings": each.settings, "words": each.words, "batch": each.config.data.batch_size}
+        | {"remat": each.config.remat, "result": _result_json(each.result, topology)}
+        for each in found.tried
+    ]
+    best = None
+    if found.best is not None:
+        hours = _hours(config, found.best, topology)
+        best = {"row": found.tried.index(found.best), "words": found.best.words}
+        best |= {"chip_hours": hours and hours[0], "chip_hours_same_pictures": hours and hours[1]}
+    return {
+        "tried": rows,
+        "candidates": found.candidates,
+        "pruned": found.pruned,
+        "best": best,
+        "missing": found.missing,
+    }
+
+
 def as_json(config: Config, topology: Topology, results: list[Result]) -> dict[str, Any]:
     """The same as numbers: bytes, FLOPs, seconds."""
-    programs = []
-    for result in results:
-        bounds = roofline(result, topology)
-        row = dataclasses.asdict(result) | {"traffic": [part._asdict() for part in result.traffic]}
-        row["counted"] = result.counted._asdict()
-        row["fits"] = result.fits(topology)
-        if bounds is not None:
-            row["roofline"] = dataclasses.asdict(bounds) | {
-                "least": bounds.least,
-                "binds": bounds.binds,
-                "mfu_cap": bounds.cap,
-                "pictures_per_second": bounds.pictures_per_second,
-            }
-        programs.append(row)
     return {
         "name": config.name,
         "topology": topology.name,
@@ -133,5 +218,5 @@ def as_json(config: Config, topology: Topology, results: list[Result]) -> dict[s
         "hosts": topology.hosts,
         "limit": limit(topology),
         "config": dataclasses.asdict(config),
-        "programs": programs,
+        "programs": [_result_json(result, topology) for result in results],
     }

@@ -156,7 +156,8 @@ def backbone_stage(
         )
 
     def loss(params, batch, keys):
-        z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
+        with jax.named_scope("draw"):
+            z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
         cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
         per_picture, metrics = matching_loss(
             lambda z_t, t, cond: module.apply({"params": params}, z_t, t, cond), z0, cond, t, noise, matching
@@ -178,7 +179,12 @@ def backbone_stage(
 # ------------------------------------------------------------------------------------------------------ program
 
 
-def _check_sizes(config: Config, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+def check_sizes(config: Config, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Checks that the batch and its pictures divide over the mesh.
+
+    Raises:
+      UserError: they do not.
+    """
     accumulate, parts = config.optimizer.accumulate, batch_parts(mesh)
     if config.data.batch_size // accumulate % parts:
         raise UserError(
@@ -202,20 +208,32 @@ def trained_paths(stage: Stage, config: Config, abstract_params: Any) -> frozens
     return trainable_paths(flat(abstract_params), config.optimizer, stage.frozen)
 
 
+def _start(config: Config, trained: frozenset[str]) -> Callable:
+    """params -> the State before the first step."""
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    return lambda params: new_state(params, trained, optimizer, keeps_average(config))
+
+
+def abstract_state(config: Config, stage: Stage) -> State:
+    """ShapeDtypeStructs of the state, without layouts: they depend on the mesh, the shapes do not.
+
+    Raises:
+      UserError: unknown or contradictory optimizer settings, patterns that name nothing.
+    """
+    abstract_params = jax.eval_shape(stage.init, jax.random.key(0))
+    return jax.eval_shape(_start(config, trained_paths(stage, config, abstract_params)), abstract_params)
+
+
 def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
     """The compiled functions and the layouts of one stage on a mesh; nothing is allocated or compiled yet.
 
     Raises:
       UserError: sizes that do not divide, unknown or contradictory optimizer settings, patterns that name nothing.
     """
-    _check_sizes(config, mesh, stage.batch)
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    check_sizes(config, mesh, stage.batch)
     abstract_params = jax.eval_shape(stage.init, jax.random.key(0))
     trained = trained_paths(stage, config, abstract_params)
-
-    def start(params):
-        return new_state(params, trained, optimizer, keeps_average(config))
-
+    start = _start(config, trained)
     abstract = jax.eval_shape(start, abstract_params)
     shardings = state_shardings(abstract, mesh)
     from_key = jax.jit(lambda key: start(stage.init(key)), out_shardings=shardings)

@@ -56,8 +56,9 @@ def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, ke
 
     def body(total, part):
         gradients, metrics = gradient(trainable, *part)
-        gradients = jax.tree.map(lambda t, g: t + g.astype(jnp.float32) / parts, total[0], gradients)
-        return (gradients, add_metrics(total[1], metrics, 1 / parts)), None
+        with jax.named_scope("accumulate"):
+            gradients = jax.tree.map(lambda t, g: t + g.astype(jnp.float32) / parts, total[0], gradients)
+            return (gradients, add_metrics(total[1], metrics, 1 / parts)), None
 
     zeros = (
         jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable),
@@ -101,19 +102,24 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
         pictures = jax.tree.leaves(batch)[0].shape[0]
         keys = picture_keys(key, state.step, pictures)
         trainable, frozen = split(state.params, trained)
-        gradients, metrics = accumulated_gradient(loss, trainable, frozen, batch, keys, config.optimizer.accumulate)
-        norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        with jax.named_scope("gradient"):
+            gradients, metrics = accumulated_gradient(loss, trainable, frozen, batch, keys, config.optimizer.accumulate)
+        with jax.named_scope("clip"):
+            norm = optax.global_norm(gradients)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            gradients = clip(gradients, norm, config.optimizer.clip)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+            moved = optax.apply_updates(trainable, updates)
+        with jax.named_scope("ema"):
+            ema = _average(config, state.ema, moved, opt_state) if keeps_average(config) else {}
 
-        updates, opt_state = optimizer.update(clip(gradients, norm, config.optimizer.clip), state.opt_state, trainable)
-        moved = optax.apply_updates(trainable, updates)
-        ema = _average(config, state.ema, moved, opt_state) if keeps_average(config) else {}
-
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (moved, opt_state, ema),
-            (trainable, state.opt_state, state.ema),
-        )
+        with jax.named_scope("keep_finite"):
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (moved, opt_state, ema),
+                (trainable, state.opt_state, state.ema),
+            )
         skipped = state.skipped + ~finite
         streak = jnp.where(finite, 0, state.streak + 1)
         metrics |= {

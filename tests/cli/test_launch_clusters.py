@@ -53,13 +53,17 @@ import json, os, pathlib, sys
 name, fake = pathlib.Path(sys.argv[0]).name, pathlib.Path(os.environ["FAKE"])
 given = "" if sys.stdin.isatty() or name != "kubectl" else sys.stdin.read()
 with open(fake / name, "a") as file:
-    file.write(json.dumps({"words": sys.argv[1:], "stdin": given}) + "\\n")
+    file.write(json.dumps({"words": sys.argv[1:], "stdin": given, "flags": os.environ.get("XLA_FLAGS", "")}) + "\\n")
 sys.exit(int(os.environ.get(f"{name}_CODE", 0)))
 """
-# `python3 -m venv FOLDER` puts this lwd into it: it notes its words, and plays the next line of the file `plays`.
+# `python3 -m venv FOLDER` puts this lwd into it: it notes its words and flags, and plays the next line of the file
+# `plays`. The flags of a kind are its name.
 LWD = """
 import json, os, pathlib, sys
+if sys.argv[1] == "plan":
+    sys.exit(print(*sys.argv[2:]))
 fake, worker = pathlib.Path(os.environ["FAKE"]), pathlib.Path.cwd().parent.name
+(fake / f"flags.{worker}").write_text(os.environ.get("LIBTPU_INIT_ARGS", ""))
 log = fake / f"lwd.{worker}"
 turn = len(log.read_text().splitlines()) if log.exists() else 0
 with open(log, "a") as file:
@@ -121,8 +125,9 @@ TPU = ("--name", "a", "--zone", "z", "--type", "v5litepod-8", "--workdir", "/sha
 
 
 def test_a_slice_is_made_and_every_worker_gets_every_word(fake):
-    said = launch(fake, "tpu_run.sh", *TPU, "--project", "my project", "--", *HOSTILE)
+    said = launch(fake, "tpu_run.sh", *TPU, "--project", "my project", "--", *HOSTILE, LIBTPU_INIT_ARGS="--mine=1")
     for worker in ("worker0", "worker1"):
+        assert (fake / f"flags.{worker}").read_text() == "--flags v5litepod-8 --mine=1"
         words = ["train", "--workdir=/shared/my run", *HOSTILE]
         assert told(fake, f"lwd.{worker}") == [["/shared/my run/compiled", *words]]
     assert "worker0 turn 0" in said and "worker1 turn" not in said and "still there" in said
@@ -214,6 +219,15 @@ def expanded(word):
     return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found.group() == "$$" else "EXPANDED", word)
 
 
+def in_a_pod(fake, command):
+    """What lwd is told by a command, in a pod that sets flags of its own."""
+    (pod := fake / "pods" / "a").mkdir(parents=True)
+    mine = {"FAKE": str(fake), "PATH": f"{fake}/bin:{os.environ['PATH']}", "LIBTPU_INIT_ARGS": "--mine=1"}
+    subprocess.run(command, cwd=pod, env=os.environ | mine | {"JAX_COMPILATION_CACHE_DIR": ""}, check=True)
+    assert not list(pod.iterdir())
+    return told(fake, "lwd.pods")[0][1:]
+
+
 def test_a_jobset_carries_every_word(fake):
     yaml = pytest.importorskip("yaml")
     options = ("--workdir", "/mnt/bucket/it's", "--slices", "2", "--spot", "--retries", "3", "--bucket", "my-bucket")
@@ -227,8 +241,10 @@ def test_a_jobset_carries_every_word(fake):
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     assert (group["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 4, 4, 0)
-    assert container["command"] == ["lwd", "train"]
-    assert [expanded(word) for word in container["args"]] == ["--workdir=/mnt/bucket/it's", *HOSTILE, "\x01\x1b\x7f&"]
+    words = [expanded(word) for word in container["args"]]
+    assert words == ["--workdir=/mnt/bucket/it's", *HOSTILE, "\x01\x1b\x7f&"]
+    assert in_a_pod(fake, [expanded(word) for word in container["command"]] + words) == ["train", *words]
+    assert (fake / "flags.pods").read_text() == "--flags tpu-v5-lite-podslice --mine=1"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["env"] == [{"name": "JAX_COMPILATION_CACHE_DIR", "value": "/mnt/bucket/it's/compiled"}]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
@@ -273,6 +289,7 @@ def test_a_slurm_job_carries_every_word(fake, checkout):
     assert told(fake, "scontrol")[0]["words"] == ["requeue", "7"]
     step = told(fake, "srun")[0]["words"]
     assert step[step.index(f"{checkout}/.venv/bin/lwd") + 1 :] == ["train", *HOSTILE] and "--ntasks-per-node=1" in step
+    assert told(fake, "srun")[0]["flags"] == f"--flags gpu {os.environ.get('XLA_FLAGS', '')}"
     launch(fake, spooled, *job, code=1, SLURM_JOB_ID="7", srun_CODE="1")
     assert len(told(fake, "scontrol")) == 1
 

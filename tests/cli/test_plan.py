@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from lwd_jax.cli import main
-from lwd_jax.plan import topology
+from lwd_jax.plan import flags, topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SD3 = f"--config={CONFIGS / 'stage2_sd3_1024.py'}"
 TINY = f"--config={CONFIGS / 'quickstart_stage1.py'}"
+TINY2 = f"--config={CONFIGS / 'quickstart_stage2.py'}"
 
 
 def test_without_libtpu_the_state_is_evaluated_by_shape(monkeypatch, capsys, tmp_path):
@@ -61,3 +62,45 @@ def test_mistakes(words, said, monkeypatch, capsys):
 def test_stage_1_does_not_sample(capsys):
     assert main(["plan", TINY, "--topology", "cpu:1", "--program", "sample"]) == 2
     assert "stage 1 has no program 'sample'" in capsys.readouterr().err
+
+
+def test_a_sweep_without_libtpu_is_by_estimate(monkeypatch, capsys, tmp_path):
+    """The config is of one device: on another slice every axis is written. Nothing but shapes is evaluated."""
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    file = tmp_path / "plan.json"
+    one = ["--config.mesh.data=1", "--config.mesh.fsdp=1"]
+    assert main(["plan", TINY2, *one, "--topology", "v5e:2x2", "--sweep", "3", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "Missing: Compiling for a TPU slice needs its compiler: pip install libtpu." in shown
+    found = json.loads(file.read_text())["sweep"]
+    assert len(found["tried"]) == 3 and found["candidates"] > 3
+    words = found["best"]["words"]
+    assert "--config.mesh.fsdp=" in words and f"Best, add: {words}" in shown
+    assert f"{words} --workdir=WORKDIR, on v5e:2x2" in shown  # what to run next has them
+    assert found["best"]["chip_hours"] > 0 and "Chip-hours, at least:" in shown
+    assert all(row["result"]["peak"] is None and row["result"]["roofline"]["least"] > 0 for row in found["tried"])
+
+
+def test_a_sweep_compiles(monkeypatch, capsys, tmp_path):
+    """On devices of this machine, of which no memory and no speed is known: what is tried is compiled, the config as it
+    is first, and a row says what it takes.
+    """
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setitem(flags.FLAGS, "cpu", quick)
+    file = tmp_path / "plan.json"
+    small = ["--config.resolution=32", "--config.data.batch_size=2", "--config.mesh.data=2", "--config.mesh.fsdp=1"]
+    assert main(["plan", TINY2, *small, "--topology", "cpu:2", "--sweep=1", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "Memory and speed of cpu are not known" in shown and "Best: the config as it is." in shown
+    plan = json.loads(file.read_text())
+    assert plan["programs"] == []  # the sweep alone was asked for
+    (tried,) = plan["sweep"]["tried"]
+    assert tried["settings"] == {} and tried["batch"] == 2 and tried["result"]["seconds"] > 0
+    assert tried["result"]["peak"] > 0.9 * tried["result"]["resident"]
+    (row,) = [line for line in shown.splitlines() if line.startswith("2x1x1x1")]
+    assert "GiB" in row
+
+
+def test_a_sweep_of_nothing_is_told(capsys):
+    assert main(["plan", TINY2, "--topology", "cpu:1", "--sweep", "0"]) == 2
+    assert "0 tries" in capsys.readouterr().err

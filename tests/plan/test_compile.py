@@ -1,4 +1,4 @@
-"""Laws: what is planned is what the run compiles; what is donated is counted once; the knobs keep the batch whole."""
+"""Laws: what is planned is what the run compiles; what is donated is counted once."""
 
 import math
 
@@ -10,12 +10,9 @@ from lwd_jax.cli.plan import MAKERS
 from lwd_jax.config import load_config
 from lwd_jax.errors import UserError
 from lwd_jax.objective import lpips
-from lwd_jax.parallel.mesh import mesh_shape
 from lwd_jax.plan import compile as plan
-from lwd_jax.plan.compile import knobs, plan_program, suggest
-from lwd_jax.plan.count import Operations
+from lwd_jax.plan.compile import plan_program
 from lwd_jax.plan.programs import abstract_stage, names_of, planned
-from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.topology import open_topology, parse
 
 TINY = load_config(
@@ -122,41 +119,6 @@ def test_the_programs_of_a_stage():
 def test_a_mesh_of_another_size_is_told():
     with pytest.raises(UserError, match="mesh"):
         plan_program(TINY, parse("v5e:2x2"), MAKERS, "train")
-
-
-# ------------------------------------------------------------------------------------------------------------- knobs
-
-
-def test_knobs_keep_the_batch_and_the_chips():
-    config = load_config({"stage": 2, "remat": "none", "data": {"batch_size": 64}, "mesh": {"data": 2, "fsdp": 8}})
-    topology = parse("v5e:4x4")
-    tried = list(knobs(config, topology))
-    assert tried[0] == {"remat": "full"}
-    assert tried[1:3] == [{"remat": "full", "optimizer.accumulate": n} for n in (2, 4)]
-    assert [settings["mesh.context"] for settings in tried[3:]] == [2, 4, 8]
-    for settings in tried[3:]:
-        changed = plan._with(config, settings)
-        data, fsdp, context, _ = mesh_shape(changed.mesh, 16)
-        assert (data * fsdp * context, changed.data.batch_size) == (16, 64)
-        assert 64 // changed.optimizer.accumulate == data * fsdp  # one picture at a time in each place
-    assert config.remat == "none"  # the config given is as it was
-
-
-def test_the_first_knob_that_fits_is_suggested(monkeypatch):
-    """The compiler here says what a run takes: 20 GiB, 17 under full remat, half of it on two chips."""
-    topology, tried = parse("v5e:4x4"), []
-
-    def sized(config, topology, makers, name):
-        size = (17 if config.remat == "full" else 20) / config.mesh.context * 2**30
-        return Result(name, 16, {}, 0.0, 1.0, Operations(), memory=Memory(size, 0, 0), peak=size)
-
-    monkeypatch.setattr(plan, "plan_program", sized)
-    config = load_config({"stage": 2, "remat": "none", "data": {"batch_size": 16}, "mesh": {"fsdp": 16}})
-    words, result = suggest(config, topology, MAKERS, lambda words, result: tried.append(words))
-    assert tried[0] == "--config.remat=full" and words == tried[-1]
-    assert "--config.mesh.context=2" in words and "--config.mesh.fsdp=8" in words
-    assert result.fits(topology)
-    assert len(tried) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- TPU

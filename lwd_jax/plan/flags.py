@@ -1,0 +1,58 @@
+"""Flags of XLA per chip kind: the one table of them. `lwd plan` compiles with them and prints them (`--flags KIND`),
+and the launchers start runs with what it prints.
+
+Here stand flags whose purpose and default are documented, where the documents suggest another value than the default:
+TPU: openxla.org/xla/flags_guidance. GPU: openxla.org/xla/gpu_optimization_levels, and their defaults in XLA's
+debug_options_flags.cc. What is the default already is not repeated (the latency hiding scheduler and the asynchronous
+all-gathers of TPUs). Left at the default although another value is suggested: the pipelining of all-gathers over ICI,
+which holds the weights of two layers.
+"""
+
+import re
+
+from lwd_jax.errors import choose
+
+_TPU = {
+    # All-to-all beside arithmetic; default: it waits. The exchange of Ulysses is one.
+    "xla_tpu_enable_async_all_to_all": True,
+}
+_V5E = {
+    # All-reduces beside arithmetic, in parts; default: only all-gathers. Needs xla_tpu_enable_async_collective_fusion,
+    # which is on. The guide has this row for v5e alone.
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+}
+_GPU = {
+    # Collectives beside arithmetic; off by default, for it takes longer to compile.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # In loops (the scanned blocks), the collectives of one turn beside the arithmetic of another. FSDP gathers weights
+    # and scatters gradients there; `data` reduces them.
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+    "xla_gpu_enable_pipelined_all_reduce": True,
+}
+FLAGS = {  # kind of plan.topology.CHIPS, or all GPUs -> flag -> value
+    "v5e": _TPU | _V5E,
+    "v5p": _TPU,
+    "v6e": _TPU,
+    "tpu7x": _TPU,
+    **dict.fromkeys(("gpu", "a100", "h100", "h200"), _GPU),
+    "cpu": {},
+}
+# What else the kinds are called: accelerator types of Cloud TPU (v5litepod-16) and of GKE (tpu-v5-lite-podslice).
+_NAMES = ((r"v5(lite|-lite|e)", "v5e"), (r"v5p", "v5p"), (r"v6e", "v6e"), (r"tpu7x", "tpu7x"))
+
+
+def flags_of(name: str) -> dict[str, bool]:
+    """The flags of a chip kind, by its name here, by that of a topology (v5e:4x4) or by an accelerator type of a cloud.
+
+    Raises:
+      UserError: no such kind.
+    """
+    kind = name.lower().partition(":")[0]
+    known = next((row for pattern, row in _NAMES if re.match(rf"(tpu-?)?{pattern}", kind)), kind)
+    return choose(FLAGS, known, "chip kind")
+
+
+def as_words(flags: dict[str, bool]) -> str:
+    """As XLA reads them in LIBTPU_INIT_ARGS and XLA_FLAGS."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items())
