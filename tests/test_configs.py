@@ -10,11 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
 
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import from_json, to_json
-from lwd_jax.parallel.mesh import AXES, mesh_shape
+from lwd_jax.parallel.mesh import abstract_mesh, mesh_shape
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.program import build_program
 from lwd_jax.train.setup import stage_of
@@ -52,7 +51,7 @@ def evaluated(file: Path):
     """(config, program, state and metrics after a step), of which nothing is in memory but shapes."""
     config = read_config(str(file), [])
     chips = int(SLICE.search(docstring(file)).group(1))
-    mesh = AbstractMesh(mesh_shape(config.mesh, chips), AXES)
+    mesh = abstract_mesh(mesh_shape(config.mesh, chips))
     opened = open_trained(config)
     sizes = open_autoencoder(config).module.config if config.stage == 2 else None
     program = build_program(config, mesh, stage_of(config, opened, sizes, SD3_TOKENS, LPIPS))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
@@ -57,6 +57,13 @@ def make_mesh(config: configs.Mesh, devices=None) -> Mesh:
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES)
+
+
+def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
+    """A mesh of those sizes (data, fsdp, context, tensor) without devices, for shape evaluation; Auto axes as those of
+    `make_mesh`: AbstractMesh's own default is Explicit from jax 0.12 on.
+    """
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:

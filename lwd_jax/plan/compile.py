@@ -7,10 +7,9 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
 
 from lwd_jax.config import Config
-from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from lwd_jax.parallel.mesh import abstract_mesh, make_mesh, mesh_shape
 from lwd_jax.plan import cache
 from lwd_jax.plan.flags import flags_of
 from lwd_jax.plan.hlo import Module, estimated_cycles, memory_bytes
@@ -28,7 +27,7 @@ def mesh_of(config: Config, topology: Topology) -> Any:
     """
     if topology.devices is not None:
         return make_mesh(config.mesh, topology.devices)
-    return AbstractMesh(mesh_shape(config.mesh, topology.size), AXES)
+    return abstract_mesh(mesh_shape(config.mesh, topology.size))
 
 
 def resident_bytes(arguments: Any) -> float:

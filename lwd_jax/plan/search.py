@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from lwd_jax.config import Config, Mesh
 from lwd_jax.errors import UserError
 from lwd_jax.nn.stack import REMAT
-from lwd_jax.parallel.mesh import AXES, batch_parts, mesh_shape
+from lwd_jax.parallel.mesh import AXES, abstract_mesh, batch_parts, mesh_shape
 from lwd_jax.plan.compile import plan_program
 from lwd_jax.plan.estimate import Estimate, Shapes, batch_of, estimate, evaluate_shapes, state_bytes
 from lwd_jax.plan.programs import Makers
@@ -185,7 +185,7 @@ def candidates(config: Config, topology: Topology, shapes: Shapes) -> tuple[list
     found, pruned = [], Counter()
     most = limit(topology) or math.inf
     for sizes in meshes(topology.size):
-        mesh = AbstractMesh(sizes, AXES)
+        mesh = abstract_mesh(sizes)
         if refusal := _refusal(sizes, shapes, topology.slices):
             pruned[refusal] += 1
             continue

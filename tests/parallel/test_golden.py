@@ -12,11 +12,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
 
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.parallel import rules
-from lwd_jax.parallel.mesh import AXES, mesh_shape
+from lwd_jax.parallel.mesh import abstract_mesh, mesh_shape
 from lwd_jax.parallel.rules import SMALL, batch_shardings, path_string
 from lwd_jax.plan.programs import abstract_stage, placed
 from lwd_jax.plan.topology import parse
@@ -40,7 +39,7 @@ class Evaluated:
         self.config = read_config(str(file), [])
         topology, chips = SLICE.search(file.read_text()).groups()
         assert parse(topology).chips == int(chips)
-        self.topology, self.mesh = topology, AbstractMesh(mesh_shape(self.config.mesh, int(chips)), AXES)
+        self.topology, self.mesh = topology, abstract_mesh(mesh_shape(self.config.mesh, int(chips)))
         stage = abstract_stage(self.config)
         state = abstract_state(self.config, stage)
         self.state = placed(state, state_shardings(state, self.mesh))
