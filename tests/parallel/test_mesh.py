@@ -4,7 +4,7 @@ import pytest
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
-from lwd_jax.parallel.mesh import AXES, make_mesh, mesh_shape, share_of_process
+from lwd_jax.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_shape, share_of_process
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ def test_mesh_has_the_axes_asked_for(axes, shape):
     mesh = make_mesh(configs.Mesh(**axes))
     assert mesh.axis_names == AXES and mesh.devices.shape == shape
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_a_mesh_without_devices_is_like_one_with():
+    made, real = abstract_mesh((2, 2, 1, 2)), make_mesh(configs.Mesh(data=2, fsdp=2, tensor=2))
+    assert made.shape == real.shape and made.axis_types == real.axis_types
 
 
 @pytest.mark.parametrize("axes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"data": 16, "fsdp": 1}, {"tensor": 0}])
