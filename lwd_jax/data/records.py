@@ -6,15 +6,12 @@ more than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a
 
 import functools
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+from etils.epath import Path
 from tensorflow_datasets.core import dataset_info, sequential_writer
 
 SPLIT = "train"
@@ -42,28 +39,6 @@ def pack(values: np.ndarray, storage: str) -> np.ndarray:
 def unpack(stored: np.ndarray, storage: str) -> np.ndarray:
     """Inverse of `pack`, up to rounding; float32."""
     return (stored if storage == "float32" else stored.view(STORAGE[storage])).astype(np.float32)
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target` when the block ends well, and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    temporary.mkdir()
-    old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict]) -> int:
