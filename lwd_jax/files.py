@@ -86,19 +86,19 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def checksum(path: Path) -> int:
-    """What tells whether a file is as it was written: the CRC-32 of its bytes.
+def checksum(path: Path) -> tuple[int, int | None]:
+    """What tells whether a file is as it was written: its size in bytes, and the CRC-32 of them.
 
-    Of an object it is the size. A bucket keeps a checksum of each object and looks after it, and reading a checkpoint
-    back through one process would take longer than writing it from all.
+    Of an object the CRC is None: a bucket keeps one of its own and looks after its bytes, and to read a checkpoint back
+    through one process would take longer than writing it from all.
     """
     if in_bucket(path):
-        return path.stat().length
-    value = 0
+        return path.stat().length, None
+    size, value = 0, 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
+            size, value = size + len(block), zlib.crc32(block, value)
+    return size, value
 
 
 class Spool:

@@ -1,7 +1,7 @@
 """The quickstart's photographs: there without a download, cut the same way each time, never squeezed."""
 
 import errno
-from pathlib import Path
+from etils.epath import Path
 
 import numpy as np
 import pytest

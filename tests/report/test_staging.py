@@ -1,6 +1,6 @@
 """An output folder is there whole, or as it was before."""
 
-from pathlib import Path
+from etils.epath import Path
 
 import pytest
 
