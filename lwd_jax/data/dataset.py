@@ -54,6 +54,8 @@ class Dataset:
             self.heights, self.widths, self.sha256 = index["heights"], index["widths"], index["sha256"]
         self.folder = folder
         self._records = Records(folder, undecoded=("picture",))
+        if len(self._records) != len(self):
+            raise UserError(f"{INDEX} tells of {len(self)} pictures, but there are {len(self._records)}")
 
     def __len__(self) -> int:
         return len(self.heights)

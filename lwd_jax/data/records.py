@@ -12,9 +12,13 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from etils.epath import Path
+from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core import dataset_info, sequential_writer
 
+from lwd_jax.errors import UserError, read_json
+
 SPLIT = "train"
+DESCRIPTIONS = ("dataset_info.json", "features.json")  # what TFDS writes beside the records
 RECORDS_PER_FILE = 1024
 RECORDS_PER_CALL = 32  # the writer rewrites its metadata in each call
 STORAGE = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -64,7 +68,11 @@ def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict])
 
 
 class Records:
-    """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files."""
+    """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files.
+
+    Raises, where it is first used:
+      UserError: a file that describes the records is not there, cut off, or something else.
+    """
 
     def __init__(self, folder: Path, undecoded: tuple[str, ...] = ()):
         """`undecoded`: picture features that come out as encoded bytes."""
@@ -73,8 +81,13 @@ class Records:
 
     @functools.cached_property
     def _source(self):
+        for name in DESCRIPTIONS:
+            read_json(self.folder / name)  # says which, where one is cut off
         decoders = {name: tfds.decode.SkipDecoding() for name in self.undecoded}
-        return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)
+        try:
+            return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)
+        except ParseError as error:
+            raise UserError(f"{self.folder / DESCRIPTIONS[0]} does not describe records: {error}.") from error
 
     def __getstate__(self):
         return {"folder": self.folder, "undecoded": self.undecoded}

@@ -84,6 +84,11 @@ class Parts:
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         part, row = map(int, place)
+        self.open(part)
+        return self._open[part][row]
+
+    def open(self, part: int) -> None:
+        """Opens a part now, so that what is wrong with it is told before a record of it is needed."""
         if part not in self._open:
             self._open[part] = Records(self.folder / part_name(part))
-        return self._open[part][row]
+            len(self._open[part])

@@ -33,6 +33,7 @@ from lwd_jax.weights.table import flat, nested
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
+_JSON = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata")
 DAMAGED = "damaged"  # where a step that fails its manifest is put aside
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -79,12 +80,23 @@ def write_manifest(step: Path) -> None:
         log.info("checkpoint %s was removed before its manifest was written", step.name)
 
 
+def _cut(step: Path) -> str:
+    """Which of the JSON files that Orbax writes is none, or ""."""
+    for path in files_in(step):
+        if path.name in _JSON or path.parent.name == "array_metadatas":
+            try:
+                json.loads(path.read_text())
+            except ValueError:
+                return f"{path.relative_to(step)} is not sound JSON"
+    return ""
+
+
 def damage(step: Path) -> str:
     """What is wrong with a step's files, or "": a name and what happened to it. Without a manifest (the run was killed
-    in the moment after the commit) nothing can be said against it."""
+    in the moment after the commit) only its descriptions can be judged."""
     path = step / MANIFEST
     if not path.is_file():
-        return ""
+        return _cut(step)
     try:
         expected = json.loads(path.read_text())
     except ValueError:
@@ -241,12 +253,14 @@ class Checkpoints:
         Raises:
           UserError: another run's config, a model of other shapes or dtypes, or no sound step.
         """
+        found = ""
         for step in reversed(self.steps()):
             wrong = _judged(self.folder / str(step))
             if not wrong:
                 return self._restore(step, abstract, config)
+            found += f" (step {step}: {wrong})"
             self._put_aside(step, wrong)
-        raise UserError(f"{self.folder.parent} has no sound checkpoint; damaged ones are in {DAMAGED}/.")
+        raise UserError(f"{self.folder.parent} has no sound checkpoint{found}; damaged ones are in {DAMAGED}/.")
 
     def _put_aside(self, step: int, wrong: str) -> None:
         log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, self.folder.parent, wrong)
@@ -333,15 +347,17 @@ def read_params(
     # These handlers can leave out what is not asked for; the files are the same.
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema")}
     manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    found = ""
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             if wrong := damage(folder / str(step)):
+                found += f" (step {step}: {wrong})"
                 log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
                 continue
             return _read(manager, step, config, ema, shardings, like), config, step
     finally:
         manager.close()
-    raise UserError(f"{workdir} has no sound checkpoint yet.")
+    raise UserError(f"{workdir} has no sound checkpoint{found or ' yet'}.")
 
 
 def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings, like) -> Any:

@@ -100,8 +100,9 @@ def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _drop_after(path: Path, step: int, target: Path) -> None:
-    """Writes to `target`, which may be `path` itself, without the lines of steps after `step` and a last line that a kill
-    cut short."""
+    """Writes the lines to `target`, which may be `path` itself, without those of steps after `step` and a last one that
+    a kill cut short.
+    """
     if not path.exists():
         return
     partial = target.with_suffix(".partial")

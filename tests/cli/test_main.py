@@ -2,10 +2,10 @@
 
 import errno
 import importlib.metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
+from etils.epath.gpath import PosixGPath as Path
 from PIL import Image
 from tiny_models import write_workdir
 

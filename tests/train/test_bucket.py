@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-
 from bucket import Bucket, get_folder, put_folder, serve
 from test_loop import lines, state_of, train, with_training
 
