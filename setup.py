@@ -47,7 +47,17 @@ setup(
         "gcs": GCS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "diffusers>=0.35", "accelerate", "psutil"] + TEXT + LPIPS + GCS,
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "diffusers>=0.35",
+            "accelerate",
+            "psutil",
+            *TEXT,
+            *LPIPS,
+            *GCS,
+        ],
     },
     entry_points={"console_scripts": ["lwd=lwd_jax.cli:main"]},
 )

@@ -59,8 +59,8 @@ def on_disk(name: str | os.PathLike, what: str) -> Path:
     """
     if "://" in os.fspath(name):
         raise UserError(
-            f"{what} must be on a disk, but '{os.fspath(name)}' is an address: mount the bucket (gcsfuse does) and give "
-            "its place there, or copy it here."
+            f"{what} must be on a disk, but '{os.fspath(name)}' is an address: mount the bucket (gcsfuse does) and "
+            "give its place there, or copy it here."
         )
     return Path(name)
 

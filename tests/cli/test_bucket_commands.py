@@ -1,4 +1,4 @@
-"""Commands on workdirs in a bucket: what a run wrote there is sampled, exported, encoded with, trained from, looked at."""
+"""Commands on workdirs in a bucket: what a run wrote there is sampled, exported, encoded with and trained from."""
 
 import json
 
@@ -72,9 +72,8 @@ def test_the_doctor_looks_at_a_workdir_in_a_bucket(runs):
     assert found.verdict == OK and "sound checkpoint of step 7" in found.found
     (found,) = check_workdir("gs://runs/none", None)
     assert found.verdict == OK and "a new run" in found.found
-    assert next(each for each in check_host(locate("gs://runs/all")) if each.what == "disk").found.endswith(
-        "in a bucket"
-    )
+    (disk,) = (each.found for each in check_host(locate("gs://runs/all")) if each.what == "disk")
+    assert disk.endswith("in a bucket")
 
 
 def test_a_run_in_a_bucket_goes_on_from_one_in_a_bucket(runs, objects, tmp_path, capsys):
