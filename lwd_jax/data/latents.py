@@ -297,9 +297,8 @@ class Latents:
             self._index = {name: index[name] for name in index.files}
         self.sizes, self.sha256 = self._index["sizes"], self._index["sha256"]
         self._pictures, self._text = Parts(folder / "pictures"), Parts(folder / "text")
-        for parts, places in ((self._pictures, "latents"), (self._text, "texts")):
-            for part in np.unique(self._index[places][:, 0]):
-                parts.open(int(part))
+        self._pictures.check(self._index["latents"][:, 0])
+        self._text.check(self._index["texts"][:, 0])
         self.null_text, _ = self._states(self._index["null_text"])
 
     def __len__(self) -> int:

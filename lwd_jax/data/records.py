@@ -67,6 +67,14 @@ def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict])
     return count
 
 
+def check_described(folder: Path) -> None:
+    """Raises UserError, with the file's name, where one that describes the records is not there or is cut off."""
+    for name in DESCRIPTIONS:
+        if not (folder / name).is_file():
+            raise UserError(f"There is no {folder / name}.")
+        read_json(folder / name)
+
+
 class Records:
     """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files.
 
@@ -81,8 +89,7 @@ class Records:
 
     @functools.cached_property
     def _source(self):
-        for name in DESCRIPTIONS:
-            read_json(self.folder / name)  # says which, where one is cut off
+        check_described(self.folder)
         decoders = {name: tfds.decode.SkipDecoding() for name in self.undecoded}
         try:
             return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from etils.epath import Path
 
-from lwd_jax.data.records import Records, write_records
+from lwd_jax.data.records import Records, check_described, write_records
 from lwd_jax.errors import read_json
 from lwd_jax.files import staged
 
@@ -84,11 +84,15 @@ class Parts:
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         part, row = map(int, place)
-        self.open(part)
-        return self._open[part][row]
-
-    def open(self, part: int) -> None:
-        """Opens a part now, so that what is wrong with it is told before a record of it is needed."""
         if part not in self._open:
             self._open[part] = Records(self.folder / part_name(part))
-            len(self._open[part])
+        return self._open[part][row]
+
+    def check(self, parts: Iterable[int]) -> None:
+        """Tells now what is wrong with the descriptions of parts, not when a record is needed.
+
+        Raises:
+          UserError: of `check_described`.
+        """
+        for part in set(map(int, parts)):
+            check_described(self.folder / part_name(part))
