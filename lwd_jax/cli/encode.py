@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import math
 import shlex
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from lwd_jax.data.latents import Encoder, Plan, encode_dataset, make_posterior
 from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import TEXT_ENCODERS, open_text_encoder
 from lwd_jax.errors import UserError
+from lwd_jax.files import locate
 from lwd_jax.weights.folder import fingerprint
 
 EXAMPLE = (
@@ -108,7 +108,7 @@ def run(args) -> None:
             f"--plain takes the last weights of a stage-1 run, but '{args.models}' is of stage 2, whose config says "
             f"which weights its autoencoder has (models.ema {models.config.models.ema})."
         )
-    text_folder = Path(args.text_models) if args.text_models else models.text_folder()
+    text_folder = locate(args.text_models) if args.text_models else models.text_folder()
     if not args.text and not text_folder:
         raise UserError(
             f"'{args.models}' has no text encoders: name a folder with --text-models, or add --text hashed_words."

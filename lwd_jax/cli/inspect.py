@@ -10,12 +10,12 @@ NAME_spectrum.png; for all of them: supervised.png (supervised share over t) and
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from matplotlib import colormaps
 from PIL import Image
 
@@ -26,6 +26,7 @@ from lwd_jax.config import Matching
 from lwd_jax.data.pictures import Rejected, decode, from_uint8, standardise
 from lwd_jax.errors import UserError
 from lwd_jax.evaluate.spectrum import block_mean, high_frequency_share, latent_spectrum, rgb_reference
+from lwd_jax.files import locate
 from lwd_jax.objective.masks import MASKS, supervision_mask
 from lwd_jax.objective.paths import noised
 from lwd_jax.objective.saliency import wavelet_saliency
@@ -77,8 +78,8 @@ def _check(args) -> None:
     """What can be refused before anything is read."""
     check_free(args.out, args.overwrite, RESULT)
     for image in args.images:
-        if not Path(image).is_file():
-            kind = "is a folder; name pictures" if Path(image).is_dir() else "is not there"
+        if not locate(image).is_file():
+            kind = "is a folder; name pictures" if locate(image).is_dir() else "is not there"
             raise UserError(f"The picture '{image}' {kind}.")
     if not 0 < args.floor < 1:
         raise UserError(f"--floor must lie in (0, 1), but it is {args.floor:g}.")
@@ -104,7 +105,7 @@ def read_picture(path: str, long_side: int | None) -> np.ndarray:
       UserError: a file that cannot be read, not a picture, a picture bomb, or too small.
     """
     try:
-        standard = standardise(Path(path).read_bytes())
+        standard = standardise(locate(path).read_bytes())
     except Rejected as reason:
         raise UserError(f"'{path}' is not used: {reason}.") from reason
     except OSError as error:

@@ -7,14 +7,15 @@ tpu7x:2x2x1; GPUs are counted, h200:8, and are compiled for where they are; cpu:
 
 import argparse
 import json
-import os
 import shlex
 
 import jax
+from etils.epath import Path
 
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
+from lwd_jax.files import absolute, in_bucket, locate
 from lwd_jax.plan.compile import plan_program
 from lwd_jax.plan.flags import as_words, flags_of
 from lwd_jax.plan.programs import Makers, names_of
@@ -67,10 +68,10 @@ def arguments(parser) -> None:
     parser.add_argument("--json", help="file to write the figures to")
 
 
-def _check_writable(file: str) -> None:
+def _check_writable(file: Path) -> None:
     """Before minutes of compiling."""
-    folder = os.path.dirname(os.path.abspath(file))
-    if not os.path.isdir(folder):
+    folder = absolute(file).parent
+    if not in_bucket(folder) and not folder.is_dir():
         raise UserError(f"--json: there is no folder '{folder}'.")
 
 
@@ -130,7 +131,7 @@ def run(args) -> None:
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     topology = open_topology(args.topology, args.num_slices)
     if args.json:
-        _check_writable(args.json)
+        _check_writable(locate(args.json))
     results, best = _plan(args, config, topology), None
     plan = as_json(config, topology, results)
     if args.suggest and results and results[0].program == "train" and results[0].fits(topology) is False:
@@ -139,7 +140,6 @@ def run(args) -> None:
     if args.sweep is not None:
         plan["sweep"], best = _sweep(args, config, topology)
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(json.dumps(plan, indent=2) + "\n")
+        locate(args.json).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
     where = f"Wrote {args.json}. " if args.json else ""
     print(f"\n{where}Next: {_next(args, results, topology, best)}")

@@ -8,8 +8,8 @@ already keeps its bytes. Pictures that cannot be read, bombs and duplicates are 
 
 import shlex
 from collections import Counter
-from pathlib import Path
 
+from etils.epath import Path
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +18,7 @@ from lwd_jax.data import buckets
 from lwd_jax.data.captions import SOURCES, find_captions
 from lwd_jax.data.dataset import INDEX, REPORT, Summary, find_pictures, write_dataset
 from lwd_jax.errors import UserError
+from lwd_jax.files import on_disk
 from lwd_jax.report.staging import check_free
 
 EXAMPLE = "lwd prepare --images photographs --out data/photographs --resolution 1024"
@@ -63,7 +64,7 @@ def _reject_table(rejects: list[tuple[str, str]]) -> Table:
 
 def run(args) -> None:
     buckets.check_resolution(args.resolution, keep_aspect=True)
-    check_free(args.out, args.overwrite, INDEX)
+    check_free(on_disk(args.out, "A dataset"), args.overwrite, INDEX)
     paths = find_pictures(args.images)
     captions = find_captions(Path(args.images), paths, args.captions_from)
     if not any(captions) and not args.no_captions:

@@ -12,16 +12,17 @@ import os
 import shlex
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from etils.epath import Path
 
 import lwd_jax
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.data.dataset import INDEX as DATASET_INDEX
 from lwd_jax.data.latents import METADATA
 from lwd_jax.errors import UserError, read_json
+from lwd_jax.files import absolute, on_disk
 from lwd_jax.report.export import MANIFEST
 from lwd_jax.report.photographs import Photograph, own, shipped, write_crops
 from lwd_jax.report.quickstart import CROPS, SIDE, TIMES_FILE, Run, write_report
@@ -105,7 +106,7 @@ def _cut(photographs: list[Photograph], folder: Path) -> None:
 
 def _check_source(workdir: Path, images: str, fast: bool) -> None:
     """A workdir belongs to one set of photographs and one length."""
-    source = {"images": str(Path(images).resolve()) if images else "", "fast": fast}
+    source = {"images": str(absolute(Path(images))) if images else "", "fast": fast}
     file = workdir / SOURCE
     if file.is_file() and read_json(file) != source:
         raise UserError(
@@ -199,7 +200,7 @@ def _parts(run: Run, photographs: list[Photograph], fast: bool) -> list[Part]:
 def run(args) -> int:
     if not CONFIGS.is_dir():
         raise UserError(f"The quickstart reads its configs from {CONFIGS}, which is not there; run it from a checkout.")
-    workdir = Path(args.workdir)
+    workdir = on_disk(args.workdir, "The workdir of the quickstart")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file; name a folder with --workdir.")
     photographs = own(args.images) if args.images else shipped()

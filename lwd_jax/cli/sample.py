@@ -6,13 +6,13 @@ start from the latents of a PyTorch run instead, save them ([N, C, h, w]) and na
 
 import dataclasses
 import shlex
-from pathlib import Path
 
 import jax
 
 from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.errors import UserError, choose
+from lwd_jax.files import locate
 from lwd_jax.report.pipeline import text_encoder
 from lwd_jax.report.samples import INDEX, Request, encode_prompts, read_noise, sample_pictures, write_samples
 from lwd_jax.report.staging import check_free, staged
@@ -46,9 +46,9 @@ def arguments(parser):
 def _prompts(args) -> tuple[str, ...]:
     prompts = list(args.prompt)
     if args.prompt_file:
-        if not Path(args.prompt_file).is_file():
+        if not locate(args.prompt_file).is_file():
             raise UserError(f"There is no file '{args.prompt_file}'.")
-        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        lines = locate(args.prompt_file).read_text(encoding="utf-8").splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("There is nothing to draw: give --prompt or --prompt-file.")
@@ -92,5 +92,5 @@ def run(args):
     with staged(args.out, args.overwrite, INDEX) as folder, progress() as show:
         samples = write_samples(folder, sample_pictures(models, request, cond, null, show), request, models.describe())
     number = f"{len(samples)} picture{'' if len(samples) == 1 else 's'}"
-    first = Path(args.out) / samples[0].file
+    first = locate(args.out) / samples[0].file
     print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {shlex.quote(str(first))} --out inspection")

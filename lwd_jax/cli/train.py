@@ -6,15 +6,16 @@ by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM, or a
 one of them saves and stops all at the same step.
 """
 
+import os
 import shlex
 import signal
-from pathlib import Path
 
 import jax
 
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
+from lwd_jax.files import locate
 from lwd_jax.parallel import processes
 from lwd_jax.report.previews import make_previews
 from lwd_jax.train.loop import Outcome
@@ -26,7 +27,9 @@ EXAMPLE = "lwd train --config=configs/stage2_sd3_1024.py --workdir=runs/stage2 -
 
 def arguments(parser) -> None:
     parser.add_argument("--config", required=True, help="file of configs/, or a config.json; --config.a.b=value")
-    parser.add_argument("--workdir", required=True, help="folder of the run: new, or the run to resume")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run, or gs://BUCKET/FOLDER: new, or the run to resume"
+    )
     parser.add_argument(
         "--distributed", choices=processes.MODES, nargs="?", const="on", default="auto",
         help="join the other processes of the run: auto (the default) where the environment names them, as above; on "
@@ -38,19 +41,19 @@ def arguments(parser) -> None:
     )  # fmt: skip
 
 
-def train(config: Config, workdir: str | Path) -> Outcome:
+def train(config: Config, workdir: str | os.PathLike) -> Outcome:
     """Runs or resumes the training of a config in a workdir.
 
     Raises:
       UserError: whatever is missing or does not fit, and which.
     """
-    _check_workdir(workdir)
+    workdir = locate(workdir)
     processes.agree(
         f"{to_json(config)} {workdir}",
         "The processes of this run were not started with the same config and workdir: give each the same command.",
     )
     setup = make_setup(config)
-    previews = make_previews(config, setup, Path(workdir)) if config.training.preview_every else None
+    previews = make_previews(config, setup, workdir) if config.training.preview_every else None
     return loop(
         setup.program,
         setup.batches,
@@ -61,14 +64,6 @@ def train(config: Config, workdir: str | Path) -> Outcome:
         params=setup.params,
         previews=previews,
     )
-
-
-def _check_workdir(workdir: str | Path) -> None:
-    if "://" in str(workdir):  # as a path it would be a folder of that name right here
-        raise UserError(
-            f"--workdir must be a folder, but '{workdir}' is an address: mount the bucket (gcsfuse does) and name the "
-            "folder in it."
-        )
 
 
 def run(args) -> int:

@@ -1,9 +1,11 @@
 """Captions beside pictures: NAME.txt, NAME.json, or a metadata.jsonl."""
 
 import json
-from pathlib import Path
+
+from etils.epath import Path
 
 from lwd_jax.errors import UserError
+from lwd_jax.files import files_in
 
 SOURCES = ("auto", "txt", "json", "metadata")
 FIELDS = ("captions", "caption", "text", "prompt")  # of JSON; the first that is there counts
@@ -12,7 +14,7 @@ METADATA = "metadata.jsonl"
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"The caption file '{path}' is not UTF-8 text.") from error
 
@@ -52,7 +54,7 @@ def _from_json(picture: Path) -> tuple[str, ...]:
 def _metadata(root: Path) -> dict[Path, tuple[str, ...]]:
     """Captions of every metadata.jsonl under `root`; file names are relative to the metadata's folder."""
     found = {}
-    for path in sorted(root.rglob(METADATA)):
+    for path in (path for path in files_in(root) if path.name == METADATA):
         for number, line in enumerate(_read(path).splitlines(), start=1):
             if line.strip():
                 where = f"'{path}', line {number},"

@@ -10,15 +10,16 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils.epath import Path
 
 from lwd_jax.data.pictures import SUFFIXES, Rejected, Standard, standardise
-from lwd_jax.data.records import Records, staged, write_records
+from lwd_jax.data.records import Records, write_records
 from lwd_jax.errors import UserError
+from lwd_jax.files import files_in, is_empty, on_disk, staged
 
 NAME = "pictures"
 INDEX = "index.npz"
@@ -49,10 +50,12 @@ class Dataset:
     """
 
     def __init__(self, folder: Path):
-        with np.load(folder / INDEX) as index:
+        with (folder / INDEX).open("rb") as file, np.load(file) as index:
             self.heights, self.widths, self.sha256 = index["heights"], index["widths"], index["sha256"]
         self.folder = folder
         self._records = Records(folder, undecoded=("picture",))
+        if len(self._records) != len(self):
+            raise UserError(f"{INDEX} tells of {len(self)} pictures, but there are {len(self._records)}")
 
     def __len__(self) -> int:
         return len(self.heights)
@@ -69,7 +72,7 @@ def open_dataset(folder: str | os.PathLike) -> Dataset:
     Raises:
       UserError: there is no such folder, or it is something else.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, "A dataset")
     if not folder.is_dir():
         raise UserError(f"There is no dataset folder '{folder}'.")
     if not (folder / INDEX).is_file():
@@ -101,10 +104,10 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
     Raises:
       UserError: there is no such folder, or no picture in it.
     """
-    root = Path(folder)
+    root = on_disk(folder, "The folder of pictures")
     if not root.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = [path for path in files_in(root) if path.suffix.lower() in SUFFIXES]
     if not found:
         raise UserError(f"There are no pictures in '{folder}' (known: {', '.join(sorted(SUFFIXES))}).")
     return found
@@ -184,8 +187,8 @@ def write_dataset(
     Raises:
       UserError: `out` exists and is no dataset; or no picture can be used.
     """
-    out, root = Path(out), Path(root)
-    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or any(out.iterdir())):
+    out, root = on_disk(out, "A dataset"), Path(root)
+    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or not is_empty(out)):
         raise UserError(f"'{out}' exists and is not a dataset; choose another --out.")
     features = {
         "picture": tfds.features.Image(shape=(None, None, 3)),

@@ -13,13 +13,13 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
+from etils.epath import Path
 
 from lwd_jax.data import buckets
 from lwd_jax.data.dataset import Dataset
@@ -28,6 +28,7 @@ from lwd_jax.data.records import STORAGE, float_array, pack, unpack
 from lwd_jax.data.store import Parts, Store
 from lwd_jax.data.text import States, TextEncoder
 from lwd_jax.errors import UserError, choose, read_json
+from lwd_jax.files import is_empty, on_disk
 
 METADATA = "metadata.json"
 FORMAT = 1
@@ -192,7 +193,7 @@ def encode_dataset(
     choose(STORAGE, plan.storage, "storage")
     if plan.captions < 1 or plan.batch_size < 1:
         raise UserError("At least one caption of a picture, and one picture at a time, must be encoded.")
-    out = Path(out)
+    out = on_disk(out, "The folder of latents")
     bucket_of, table = buckets.assign(
         dataset.heights, dataset.widths, plan.resolution, plan.keep_aspect, plan.smallest_bucket
     )
@@ -230,7 +231,7 @@ def encode_dataset(
 
 def _open_stores(out: Path, plan: Plan) -> tuple[Store, Store]:
     """The stores of latents and of text states in `out`, empty or as an earlier run left them."""
-    if out.exists() and not (out / "pictures").is_dir() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / "pictures").is_dir() and (not out.is_dir() or not is_empty(out)):
         raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
     array_of = {rank: float_array(rank, plan.storage) for rank in (1, 2, 3)}
     latent = {"mean": array_of[3], "std": array_of[3]}
@@ -263,7 +264,7 @@ def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, reje
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
     temporary = target.with_name(f"partial-{target.name}")
     write(temporary)
-    os.replace(temporary, target)
+    temporary.replace(target)
 
 
 def _finish(out: Path, index: dict, metadata: dict) -> None:
@@ -273,8 +274,9 @@ def _finish(out: Path, index: dict, metadata: dict) -> None:
     _replace(out / name, lambda path: np.savez(path, **index))
     text = json.dumps({**metadata, "index": name}, indent=1, ensure_ascii=False)
     _replace(out / METADATA, lambda path: path.write_text(text, encoding="utf-8"))
-    for old in set(out.glob("index-*.npz")) - {out / name}:
-        old.unlink()
+    for old in out.iterdir():
+        if old.name.startswith("index-") and old.name != name:
+            old.unlink()
 
 
 class Latents:
@@ -291,10 +293,12 @@ class Latents:
     def __init__(self, folder: Path, metadata: dict):
         self.folder = folder
         self.metadata = metadata
-        with np.load(folder / metadata["index"]) as index:
+        with (folder / metadata["index"]).open("rb") as file, np.load(file) as index:
             self._index = {name: index[name] for name in index.files}
         self.sizes, self.sha256 = self._index["sizes"], self._index["sha256"]
         self._pictures, self._text = Parts(folder / "pictures"), Parts(folder / "text")
+        self._pictures.check(self._index["latents"][:, 0])
+        self._text.check(self._index["texts"][:, 0])
         self.null_text, _ = self._states(self._index["null_text"])
 
     def __len__(self) -> int:
@@ -328,7 +332,7 @@ def open_latents(folder: str | os.PathLike) -> Latents:
     Raises:
       UserError: there is no such folder, it is something else, incomplete, or of another format.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, "The folder of latents")
     if not folder.is_dir():
         raise UserError(f"There is no folder of latents '{folder}'.")
     if not (folder / METADATA).is_file():

@@ -6,18 +6,19 @@ more than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a
 
 import functools
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+from etils.epath import Path
+from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core import dataset_info, sequential_writer
 
+from lwd_jax.errors import UserError, read_json
+
 SPLIT = "train"
+DESCRIPTIONS = ("dataset_info.json", "features.json")  # what TFDS writes beside the records
 RECORDS_PER_FILE = 1024
 RECORDS_PER_CALL = 32  # the writer rewrites its metadata in each call
 STORAGE = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -44,28 +45,6 @@ def unpack(stored: np.ndarray, storage: str) -> np.ndarray:
     return (stored if storage == "float32" else stored.view(STORAGE[storage])).astype(np.float32)
 
 
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target` when the block ends well, and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    temporary.mkdir()
-    old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict]) -> int:
     """Writes the rows as a TFDS dataset `name` with the one split SPLIT into an existing folder; their number."""
     identity = dataset_info.DatasetIdentity(
@@ -88,8 +67,20 @@ def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict])
     return count
 
 
+def check_described(folder: Path) -> None:
+    """Raises UserError, with the file's name, where one that describes the records is not there or is cut off."""
+    for name in DESCRIPTIONS:
+        if not (folder / name).is_file():
+            raise UserError(f"There is no {folder / name}.")
+        read_json(folder / name)
+
+
 class Records:
-    """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files."""
+    """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files.
+
+    Raises, where it is first used:
+      UserError: a file that describes the records is not there, cut off, or something else.
+    """
 
     def __init__(self, folder: Path, undecoded: tuple[str, ...] = ()):
         """`undecoded`: picture features that come out as encoded bytes."""
@@ -98,8 +89,12 @@ class Records:
 
     @functools.cached_property
     def _source(self):
+        check_described(self.folder)
         decoders = {name: tfds.decode.SkipDecoding() for name in self.undecoded}
-        return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)
+        try:
+            return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)
+        except ParseError as error:
+            raise UserError(f"{self.folder / DESCRIPTIONS[0]} does not describe records: {error}.") from error
 
     def __getstate__(self):
         return {"folder": self.folder, "undecoded": self.undecoded}

@@ -5,15 +5,15 @@ under a temporary name and renamed, so a part that is there is whole.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
+from etils.epath import Path
 
-from lwd_jax.data.records import Records, staged, write_records
+from lwd_jax.data.records import Records, check_described, write_records
 from lwd_jax.errors import read_json
+from lwd_jax.files import staged
 
 KEYS = "keys.json"
 PART_BYTES = 1 << 29  # of arrays held in memory before they are written as a part
@@ -30,8 +30,9 @@ class Store:
     def __init__(self, folder: Path, name: str, features: dict, seconds: float):
         self.folder, self.name, self.features, self.seconds = folder, name, features, seconds
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.partial"):
-            shutil.rmtree(leftover)
+        for leftover in folder.iterdir():
+            if leftover.suffix == ".partial":
+                leftover.rmtree()
         self.keys: dict[str, tuple[int, int]] = {}
         self._part = 0
         for part in existing_parts(folder):
@@ -62,7 +63,7 @@ class Store:
     def prune(self, live: Iterable[int]) -> None:
         """Deletes the parts that are not `live`."""
         for part in set(existing_parts(self.folder)) - set(live):
-            shutil.rmtree(self.folder / part_name(part))
+            (self.folder / part_name(part)).rmtree()
 
 
 def part_name(part: int) -> str:
@@ -70,7 +71,8 @@ def part_name(part: int) -> str:
 
 
 def existing_parts(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("part-")) for path in folder.glob("part-*"))
+    names = (path.name for path in folder.iterdir())
+    return sorted(int(name.removeprefix("part-")) for name in names if name.startswith("part-"))
 
 
 class Parts:
@@ -85,3 +87,12 @@ class Parts:
         if part not in self._open:
             self._open[part] = Records(self.folder / part_name(part))
         return self._open[part][row]
+
+    def check(self, parts: Iterable[int]) -> None:
+        """Tells now what is wrong with the descriptions of parts, not when a record is needed.
+
+        Raises:
+          UserError: of `check_described`.
+        """
+        for part in set(map(int, parts)):
+            check_described(self.folder / part_name(part))

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils.epath import Path
 
 from lwd_jax.errors import UserError, choose, read_json
+from lwd_jax.files import on_disk
 
 SD3_WIDTH = 4096  # of T5-XXL; taken where neither T5 nor a transformer/config.json is there to tell
 _HASHED = (".safetensors", ".json", ".txt", ".model")  # what a text encoder's output depends on
@@ -100,8 +102,8 @@ def _fingerprint(folder: Path, parts: list[str], settings: dict) -> str:
     for part in parts:
         for path in sorted((folder / part).iterdir()):
             if path.suffix in _HASHED:
-                digest.update(f"{part}/{path.name} {path.stat().st_size} ".encode())
-                with open(path, "rb") as file:
+                digest.update(f"{part}/{path.name} {os.path.getsize(path)} ".encode())
+                with path.open("rb") as file:
                     while chunk := file.read(1 << 24):
                         digest.update(chunk)
     return digest.hexdigest()
@@ -109,7 +111,7 @@ def _fingerprint(folder: Path, parts: list[str], settings: dict) -> str:
 
 def _load_model(cls, folder: Path, dtype):
     """A transformers model from a local folder: safetensors only, and every tensor must be there."""
-    if not list(folder.glob("*.safetensors")):
+    if not any(path.suffix == ".safetensors" for path in folder.iterdir()):
         raise UserError(f"'{folder}' has no safetensors weights; pickled weights are not read, convert them first.")
     try:
         model, info = cls.from_pretrained(
@@ -166,7 +168,7 @@ def _sd3_parts(folder: Path | None) -> tuple[Path, list[str]]:
     """The folder, and the names of the folders in it that are read: T5's only where it has them."""
     if folder is None:
         raise UserError("SD3's text encoders are read from a folder; name it with --text-models.")
-    folder = Path(folder)
+    folder = on_disk(folder, "The folder of text encoders")
     has_t5 = (folder / _T5[0]).is_dir()
     parts = [part for pair in (*_CLIPS, *([_T5] if has_t5 else [])) for part in pair]
     for part in parts:

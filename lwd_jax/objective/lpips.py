@@ -10,11 +10,11 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -135,8 +135,8 @@ def _convert(path: Path) -> dict[str, np.ndarray]:
 
 
 def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "lwd_jax" / f"lpips_vgg16_{PICKLE_SHA256[:12]}.safetensors"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "lwd_jax" / f"lpips_vgg16_{PICKLE_SHA256[:12]}.safetensors"
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
@@ -157,7 +157,7 @@ def _write_cache(path: Path, tensors: dict[str, np.ndarray]) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             unfinished = Path(folder) / path.name
             save_file(tensors, unfinished)
-            os.replace(unfinished, path)
+            unfinished.replace(path)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"The LPIPS weights cannot be kept in {path.parent} ({why}); set XDG_CACHE_HOME.") from error

@@ -15,10 +15,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils.epath import Path
 from jax.experimental import multihost_utils
 
 from lwd_jax.errors import UserError

@@ -11,13 +11,14 @@ import json
 import os
 import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 import lwd_jax
 from lwd_jax.config import Config, to_json
+from lwd_jax.files import files_in
 from lwd_jax.plan.count import Operations
 from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.topology import Topology
@@ -28,7 +29,7 @@ _VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 def folder() -> Path:
     """Where results are kept: $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwd_jax" / "plan"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lwd_jax" / "plan"
 
 
 def _version(package: str) -> str:
@@ -42,7 +43,7 @@ def _version(package: str) -> str:
 def _source() -> str:
     """A digest of every file of this package."""
     root, digest = Path(lwd_jax.__file__).parent, hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    for file in (file for file in files_in(root) if file.suffix == ".py"):
         digest.update(f"{file.relative_to(root)}\n".encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -81,6 +82,6 @@ def write(key: str, result: Result) -> None:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder(), delete=False, encoding="utf-8") as file:
             json.dump(values, file)
-        os.replace(file.name, folder() / f"{key}.json")
+        Path(file.name).replace(folder() / f"{key}.json")
     except OSError:
         return

@@ -2,8 +2,8 @@
 
 import json
 import statistics
-from pathlib import Path
 
+from etils.epath import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from lwd_jax.train import metrics

@@ -4,14 +4,15 @@ import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
+from etils.epath import Path
 
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import extend_backbone, save_backbone
 from lwd_jax.config import Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
+from lwd_jax.files import locate
 from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import MANIFEST, TEXT_PARTS, FolderModels, WorkdirModels, open_models
 from lwd_jax.report.staging import staged
@@ -144,8 +145,8 @@ def export(
         }
         _write_json(folder / MANIFEST, manifest)
         absent = [part for part in TEXT_PARTS if not (folder / part).is_dir()]
-        write_card(folder, manifest, Path(workdir), absent=absent, base=models.origin())
-    return Path(out)
+        write_card(folder, manifest, models.path, absent=absent, base=models.origin())
+    return locate(out)
 
 
 def _variant(model: Model, sizes) -> str:

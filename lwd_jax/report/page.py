@@ -2,10 +2,10 @@
 
 import base64
 import html
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from etils.epath import Path
 
 
 class Text(NamedTuple):
@@ -130,7 +130,7 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str = "")
 def _write(path: Path, content: bytes) -> None:
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def write_page(

@@ -6,17 +6,19 @@ A model as small as the quickstart's learns from many views of few photographs: 
 import importlib.util
 import io
 import itertools
+import os
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 
 from lwd_jax.data.captions import find_captions
 from lwd_jax.data.dataset import find_pictures
 from lwd_jax.data.pictures import Rejected, standardise
 from lwd_jax.errors import UserError
+from lwd_jax.files import on_disk
 
 SMALLEST_CROP = 0.6  # of the photograph's short side; the largest is all of it
 MOST = 48  # photographs of one's own that are taken, spread evenly over the folder
@@ -80,17 +82,18 @@ def unique(name: str, taken: Collection[str]) -> str:
     return next(each for each in numbered if each.casefold() not in known)
 
 
-def own(folder: str | Path) -> list[Photograph]:
+def own(folder: str | os.PathLike) -> list[Photograph]:
     """The photographs of a folder, with their captions as `lwd prepare` finds them, or else the words of the file's
     name. Their names are those of the files, made unique.
 
     Raises:
       UserError: no such folder, or no readable picture in it.
     """
+    folder = on_disk(folder, "The folder of photographs")
     paths = find_pictures(folder)
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(MOST, len(paths))).astype(int))]
     found, names, reason = [], [], ""
-    for path, captions in zip(paths, find_captions(Path(folder), paths)):
+    for path, captions in zip(paths, find_captions(folder, paths)):
         try:
             standardise(path.read_bytes())
         except Rejected as rejected:

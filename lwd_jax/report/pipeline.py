@@ -6,15 +6,16 @@ time, so that a command can drop one model before it loads the other.
 
 import dataclasses
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Config, Sampling
 from lwd_jax.data.text import TextEncoder, open_text_encoder
 from lwd_jax.errors import UserError, read_json
+from lwd_jax.files import locate
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
 from lwd_jax.train.checkpoint import is_workdir, read_params
@@ -179,7 +180,7 @@ class WorkdirModels:
             return _read(AUTOENCODER, self.path, self.ema, **options)
         if not named:
             raise UserError(f"The config of '{self.path}' names no autoencoder; name one with --autoencoder.")
-        if not Path(named).is_dir():
+        if not locate(named).is_dir():
             raise UserError(f"'{self.path}' used the autoencoder '{named}', which is gone; name it with --autoencoder.")
         return open_models(named, ema=ema).autoencoder(**options)
 
@@ -213,7 +214,7 @@ class WorkdirModels:
     def base(self):
         """The models that the run started from, or None where it started from random weights or they are gone."""
         source = self.config.models.backbone if self.config.stage == 2 else self.config.models.autoencoder
-        return open_models(source) if source and Path(source).is_dir() else None
+        return open_models(source) if source and locate(source).is_dir() else None
 
     def origin(self) -> Path | None:
         """The diffusers folder at the beginning of the chain of runs, or None."""
@@ -238,7 +239,7 @@ def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str =
     Raises:
       UserError: there is no such folder, or it is neither.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.is_dir():
         raise UserError(f"There is no folder '{path}'.")
     if is_workdir(path):
@@ -261,7 +262,7 @@ def text_encoder(models: FolderModels | WorkdirModels, folder: str | os.PathLike
     text = models.text() or ({"kind": "sd3"} if folder else {})
     if not text:
         raise UserError(f"'{models.path}' comes with no text encoder; name a folder that has them with --text-models.")
-    encoder = open_text_encoder(text, Path(folder) if folder else models.text_folder())
+    encoder = open_text_encoder(text, locate(folder) if folder else models.text_folder())
     trained_with = text.get("fingerprint", encoder.fingerprint)
     if trained_with != encoder.fingerprint:
         raise UserError(

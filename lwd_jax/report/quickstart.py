@@ -6,10 +6,10 @@ import os
 import resource
 import shlex
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 
 from lwd_jax.config import Config

@@ -3,19 +3,21 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from lwd_jax.config import Sampling
 from lwd_jax.data.text import TextEncoder
 from lwd_jax.errors import UserError
+from lwd_jax.files import locate
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.report.pipeline import FolderModels, WorkdirModels
 from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler
@@ -86,17 +88,17 @@ def read_noise(path: str) -> np.ndarray:
     Raises:
       UserError: no such file, another kind of file, not one tensor with four axes.
     """
-    file = Path(path)
+    file = locate(path)
     if not file.is_file():
         raise UserError(f"There is no file '{path}'.")
     if file.suffix not in (".npy", ".safetensors"):
         raise UserError(f"Latents are read from .npy and .safetensors files, but '{path}' is neither.")
     try:
         if file.suffix == ".npy":
-            tensors = [_one_array(np.load(file, allow_pickle=False))]
+            with file.open("rb") as opened:
+                tensors = [_one_array(np.load(opened, allow_pickle=False))]
         else:
-            with safe_open(file, framework="np") as opened:
-                tensors = [opened.get_tensor(name) for name in opened.keys()]
+            tensors = list(load(file.read_bytes()).values())
     except (ValueError, EOFError, OSError, SafetensorError) as error:
         raise UserError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if len(tensors) != 1 or tensors[0].ndim != 4:

@@ -3,10 +3,12 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from lwd_jax.data import records
+from etils.epath import Path
+
+from lwd_jax import files
 from lwd_jax.errors import UserError
+from lwd_jax.files import absolute, is_empty, locate
 
 
 def check_free(folder: str | os.PathLike, overwrite: bool, marker: str) -> None:
@@ -18,10 +20,10 @@ def check_free(folder: str | os.PathLike, overwrite: bool, marker: str) -> None:
         (a home folder, a typo) is never deleted.
       marker: a file name.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or is_empty(folder):
         return
     if not overwrite:
         raise UserError(f"{folder} exists and is not empty; name a new folder or add --overwrite.")
@@ -31,15 +33,15 @@ def check_free(folder: str | os.PathLike, overwrite: bool, marker: str) -> None:
 
 @contextlib.contextmanager
 def staged(folder: str | os.PathLike, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary sibling of `folder` to write into; it takes the folder's place when the block ends without an error.
+    """A temporary folder to write into; it takes the place of `folder` when the block ends without an error.
 
-    An earlier result stays until the new one is whole, and comes back where it cannot be replaced.
+    An earlier result stays until the new one is whole, and, on a disk, comes back where it cannot be replaced.
 
     Args: as `check_free`, which is asked first.
 
     Yields:
-      The empty sibling folder.
+      The empty folder, on a disk.
     """
     check_free(folder, overwrite, marker)
-    with records.staged(Path(folder).absolute()) as partial:
+    with files.staged(absolute(locate(folder)), marker) as partial:
         yield partial

@@ -2,37 +2,39 @@
 
 `workdir/checkpoints/<step>/` holds the items `params`, `ema` (if there is one), `rest` (optimizer, counters) and `run`
 (JSON).
-Orbax commits a step by renaming its folder, so that a killed run leaves whole steps only; it does not see bit rot, and
-a full disk shows only when the save is waited for. So a CRC-32 of every file is written into the committed step
-(MANIFEST) and compared before it is read, and `finish` waits and looks.
+Orbax commits a step by renaming its folder (in a bucket: by a last file in it), so that a killed run leaves whole steps
+only; it does not see bit rot, and a full disk shows only when the save is waited for. So a checksum of every file is
+written into the committed step (MANIFEST) and compared before it is read, and `finish` waits and looks.
 """
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
+import os
 import platform
 import re
 import threading
-import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import Path
 from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError, read_json
+from lwd_jax.files import absolute, checksum, files_in, locate
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.table import flat, nested
 
-MANIFEST = "crc32.json"
+MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
+_JSON = ("_CHECKPOINT_METADATA", "_METADATA", "_sharding", "metadata")
 DAMAGED = "damaged"  # where a step that fails its manifest is put aside
-_BLOCK = 1 << 24
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # A run may be continued with another value of these; every other field changes what is computed.
@@ -55,23 +57,22 @@ class Restored(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- manifest
 
 
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
+def _checksums(step: Path) -> dict[str, tuple[int, int | None]]:
+    return {str(path.relative_to(step)): checksum(path) for path in files_in(step) if path.name != MANIFEST}
 
 
-def _checksums(step: Path) -> dict[str, int]:
-    files = sorted(path for path in step.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(step)): _crc32(path) for path in files}
+def _agree(found: tuple, expected: list) -> bool:
+    """Of a step that was carried from a disk into a bucket, or back, one side knows the size alone."""
+    return all(new == old for new, old in zip(found, expected) if None not in (new, old))
 
 
 def write_manifest(step: Path) -> None:
-    """CRC-32 of every file of a committed step, into its MANIFEST. A step removed meanwhile is left alone."""
+    """`checksum` of every file of a committed step, into its MANIFEST. A step removed meanwhile is left alone."""
     try:
-        text = json.dumps(_checksums(step), indent=1)
+        sums = _checksums(step)
+        if not sums:  # a bucket would make the folder again
+            raise FileNotFoundError(step)
+        text = json.dumps(sums, indent=1)
         partial = step / f".{MANIFEST}"
         partial.write_text(text)
         partial.replace(step / MANIFEST)
@@ -79,12 +80,23 @@ def write_manifest(step: Path) -> None:
         log.info("checkpoint %s was removed before its manifest was written", step.name)
 
 
+def _cut(step: Path) -> str:
+    """Which of the JSON files that Orbax writes is none, or ""."""
+    for path in files_in(step):
+        if path.name in _JSON or path.parent.name == "array_metadatas":
+            try:
+                json.loads(path.read_text())
+            except ValueError:
+                return f"{path.relative_to(step)} is not sound JSON"
+    return ""
+
+
 def damage(step: Path) -> str:
     """What is wrong with a step's files, or "": a name and what happened to it. Without a manifest (the run was killed
-    in the moment after the commit) nothing can be said against it."""
+    in the moment after the commit) only its descriptions can be judged."""
     path = step / MANIFEST
     if not path.is_file():
-        return ""
+        return _cut(step)
     try:
         expected = json.loads(path.read_text())
     except ValueError:
@@ -93,7 +105,7 @@ def damage(step: Path) -> str:
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
-        if found[name] != expected.get(name):
+        if name not in expected or not _agree(found[name], expected[name]):
             return f"{name} does not have the checksum it was saved with"
     return ""
 
@@ -160,8 +172,8 @@ class Checkpoints:
       keep: how many of the newest to keep.
     """
 
-    def __init__(self, workdir: Path, keep: int):
-        self.folder = Path(workdir).absolute() / FOLDER
+    def __init__(self, workdir: str | os.PathLike, keep: int):
+        self.folder = absolute(locate(workdir)) / FOLDER
         self._keep = keep
         self._unsealed: int | None = None
         self._sealing: threading.Thread | None = None
@@ -241,12 +253,14 @@ class Checkpoints:
         Raises:
           UserError: another run's config, a model of other shapes or dtypes, or no sound step.
         """
+        found = ""
         for step in reversed(self.steps()):
             wrong = _judged(self.folder / str(step))
             if not wrong:
                 return self._restore(step, abstract, config)
+            found += f" (step {step}: {wrong})"
             self._put_aside(step, wrong)
-        raise UserError(f"{self.folder.parent} has no sound checkpoint; damaged ones are in {DAMAGED}/.")
+        raise UserError(f"{self.folder.parent} has no sound checkpoint{found}; damaged ones are in {DAMAGED}/.")
 
     def _put_aside(self, step: int, wrong: str) -> None:
         log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, self.folder.parent, wrong)
@@ -254,7 +268,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             aside = self.folder.parent / DAMAGED
             aside.mkdir(exist_ok=True)
-            number = sum(1 for _ in aside.glob(f"{step}*"))
+            number = next(number for number in itertools.count() if not (aside / f"{step}.{number}").exists())
+            # In a bucket this makes the folder, without which nothing can be moved there.
+            (aside / f"{step}.{number}.txt").write_text(f"{wrong}\n")
             (self.folder / str(step)).rename(aside / f"{step}.{number}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoint put aside")
@@ -285,29 +301,32 @@ def _rest(state: State) -> dict:
     return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "streak": state.streak}
 
 
-def saved_steps(workdir: str | Path) -> list[int]:
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """The steps that a workdir holds whole checkpoints of, in order; [] of a folder that is not there."""
-    return sorted(int(path.name) for path in (Path(workdir) / FOLDER).glob("*") if path.name.isdigit())
+    committed = ocp.utils.checkpoint_steps_paths(locate(workdir) / FOLDER)
+    return sorted(int(path.name) for path in committed if path.name.isdigit())
 
 
-def is_workdir(path: str | Path) -> bool:
+def is_workdir(path: str | os.PathLike) -> bool:
     """Whether a run was started there."""
-    return (Path(path) / FOLDER).is_dir()
+    return (locate(path) / FOLDER).is_dir()
 
 
-def read_config(workdir: str | Path) -> configs.Config:
+def read_config(workdir: str | os.PathLike) -> configs.Config:
     """The resolved config of a run.
 
     Raises:
       UserError: the folder is not a workdir.
     """
-    file = Path(workdir) / "config.json"
+    file = locate(workdir) / "config.json"
     if not file.is_file() or not is_workdir(workdir):
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json and {FOLDER}/.")
     return configs.from_json(read_json(file))
 
 
-def read_params(workdir: str | Path, ema: bool = True, *, shardings=None, like=None) -> tuple[Any, configs.Config, int]:
+def read_params(
+    workdir: str | os.PathLike, ema: bool = True, *, shardings=None, like=None
+) -> tuple[Any, configs.Config, int]:
     """The trained parameters of a run's newest sound checkpoint.
 
     Args:
@@ -323,20 +342,22 @@ def read_params(workdir: str | Path, ema: bool = True, *, shardings=None, like=N
       UserError: not a workdir, or no sound checkpoint.
     """
     config = read_config(workdir)
-    folder = Path(workdir).absolute() / FOLDER
+    folder = absolute(locate(workdir)) / FOLDER
     options = ocp.CheckpointManagerOptions(read_only=True)
     # These handlers can leave out what is not asked for; the files are the same.
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema")}
     manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    found = ""
     try:
         for step in sorted(manager.all_steps(), reverse=True):
             if wrong := damage(folder / str(step)):
+                found += f" (step {step}: {wrong})"
                 log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
                 continue
             return _read(manager, step, config, ema, shardings, like), config, step
     finally:
         manager.close()
-    raise UserError(f"{workdir} has no sound checkpoint yet.")
+    raise UserError(f"{workdir} has no sound checkpoint{found or ' yet'}.")
 
 
 def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings, like) -> Any:

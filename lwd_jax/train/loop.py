@@ -6,15 +6,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils.epath import Path
 from jax.sharding import Mesh
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
+from lwd_jax.files import Spool, locate
 from lwd_jax.parallel.processes import agree, check_shared
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
@@ -141,21 +142,22 @@ class _Profiler:
 
     def __init__(self, config: Config, workdir: Path):
         self._start, self._stop = config.training.profile_start, config.training.profile_stop
-        self._folder, self._open = workdir / "profile", False
+        self._folder, self._spool = workdir / "profile", None
         if self._start >= 0 and self._stop <= self._start:
             raise UserError(f"training.profile_stop {self._stop} must come after training.profile_start {self._start}.")
 
     def before(self, step: int) -> None:
         if step == self._start:
-            jax.profiler.start_trace(str(self._folder))
-            self._open = True
+            self._spool = Spool(self._folder)
+            jax.profiler.start_trace(str(self._spool.here))
         if step == self._stop:
             self.close()
 
     def close(self) -> None:
-        if self._open:
+        if self._spool is not None:
             jax.profiler.stop_trace()
-            self._open = False
+            self._spool.close()
+            self._spool = None
 
 
 class _Previewer:
@@ -204,7 +206,7 @@ def run(
     program: Program,
     batches: Any,
     config: Config,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     mesh: Mesh,
     *,
     description: str,
@@ -229,7 +231,7 @@ def run(
     with contextlib.ExitStack() as closing:
         # Begin, or resume
         stop = closing.enter_context(Stop())
-        workdir, training, total = Path(workdir), config.training, config.training.steps
+        workdir, training, total = locate(workdir), config.training, config.training.steps
         profiler = _Profiler(config, workdir)
         closing.callback(profiler.close)
         checkpoints, state, position = _begin(program, config, workdir, description, params, closing)
@@ -269,6 +271,7 @@ def run(
             # Save
             if saving:
                 start = time.perf_counter()
+                writer.push()  # first, so that no checkpoint is without the lines before it
                 checkpoints.save(state, position, config)
                 reporter.away(time.perf_counter() - start)
             checkpoints.seal()

@@ -2,18 +2,21 @@
 
 import json
 import math
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from tensorboardX import SummaryWriter
 
 from lwd_jax.errors import UserError
+from lwd_jax.files import Spool, locate
 from lwd_jax.train.step import SUMMED
 
 FILE = "metrics.jsonl"
+PUSH_SECONDS = 30.0  # of watching a run in a bucket; every push writes the whole object again
 _LAST = ("learning_rate", "skipped")  # not averaged: the value after the window's last step
 
 
@@ -96,24 +99,32 @@ def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes the lines of steps after `step`, and a last line that a kill cut short."""
+def _drop_after(path: Path, step: int, target: Path) -> None:
+    """Writes the lines to `target`, which may be `path` itself, without those of steps after `step` and a last one that
+    a kill cut short.
+    """
     if not path.exists():
         return
-    partial = path.with_suffix(".partial")
+    partial = target.with_suffix(".partial")
     partial.write_bytes(b"".join(text + b"\n" for text, row in _rows(path) if row["step"] <= step))
-    partial.replace(path)
+    partial.replace(target)
 
 
 class Writer:
-    """metrics.jsonl and tb/ of a workdir, from the restored step on: no line is there twice. Only process 0 writes."""
+    """metrics.jsonl and tb/ of a workdir, from the restored step on: no line is there twice. Only process 0 writes.
 
-    def __init__(self, workdir: Path, step: int):
+    Into a bucket they are copied every PUSH_SECONDS, and by `push`.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, step: int):
         self._file = self._board = None
         if jax.process_index() == 0:
-            _drop_after(workdir / FILE, step)
-            self._file = open(workdir / FILE, "a", encoding="utf-8")
-            self._board = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
+            workdir = locate(workdir)
+            self._spool = Spool(workdir)
+            here = self._spool.here
+            _drop_after(workdir / FILE, step, here / FILE)
+            self._file = (here / FILE).open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(here / "tb"), purge_step=step + 1)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null."""
@@ -129,11 +140,19 @@ class Writer:
                 for number, part in enumerate(value):
                     if part is not None:
                         self._board.add_scalar(f"{name}/{number}", part, step)
+        self._spool.push(every=PUSH_SECONDS)
+
+    def push(self) -> None:
+        """What has been written is in the workdir on return."""
+        if self._file is not None:
+            self._board.flush()
+            self._spool.push()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._board.close()
+            self._spool.close()
 
 
 def _json(value: Any) -> Any:
@@ -144,10 +163,10 @@ def _json(value: Any) -> Any:
     return value
 
 
-def read(workdir: str | Path) -> list[dict[str, Any]]:
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without a last one that a kill cut short; [] before the first.
 
     Raises:
       UserError: a line before the last one is broken.
     """
-    return [row for _, row in _rows(Path(workdir) / FILE)]
+    return [row for _, row in _rows(locate(workdir) / FILE)]

@@ -5,8 +5,8 @@ A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes,
 """
 
 import json
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from lwd_jax import config as configs
 from lwd_jax.autoencoders import AUTOENCODERS
 from lwd_jax.backbones import BACKBONES
 from lwd_jax.errors import UserError, choose, read_json
+from lwd_jax.files import locate
 from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
 from lwd_jax.weights.folder import read_config as read_foreign
 from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load
@@ -86,13 +87,13 @@ def describe(kind: Kind, opened: Opened, extra: dict) -> str:
     return json.dumps({"kind": kind.field, "model": foreign, **extra}, indent=2) + "\n"
 
 
-def read_description(workdir: str | Path) -> dict:
+def read_description(workdir: str | os.PathLike) -> dict:
     """MODEL_FILE of a workdir: {"kind", "model", ..}.
 
     Raises:
       UserError: it has none.
     """
-    file = Path(workdir) / MODEL_FILE
+    file = locate(workdir) / MODEL_FILE
     if not file.is_file():
         raise UserError(f"{workdir} is not the workdir of a run: it has no {MODEL_FILE}.")
     return read_json(file)

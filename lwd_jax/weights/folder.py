@@ -6,17 +6,18 @@ Tensors are read one at a time and only when asked for. Pickles are never opened
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils.epath import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lwd_jax.errors import UserError, no_duplicates, read_json
+from lwd_jax.files import is_empty, on_disk
 from lwd_jax.weights.table import flat
 
 STEM = "diffusion_pytorch_model"
@@ -42,7 +43,7 @@ class Stored(NamedTuple):
 def _header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. The library checks it, but accepts a name given twice; this does not."""
     try:
-        with safe_open(path, framework="np"), open(path, "rb") as file:
+        with safe_open(path, framework="np"), path.open("rb") as file:
             text = file.read(int.from_bytes(file.read(8), "little"))
         entries = json.loads(text, object_pairs_hook=no_duplicates)
     except (SafetensorError, UserError, OSError) as error:
@@ -60,7 +61,7 @@ def read_config(folder: str | os.PathLike) -> dict:
     Raises:
       UserError: the folder or the file is missing, or is not JSON.
     """
-    folder = Path(folder)
+    folder = on_disk(folder, "A diffusers folder")
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     if not (folder / "config.json").is_file():
@@ -74,7 +75,8 @@ def _weights_file(folder: Path) -> Path:
         raise UserError(f"There is no folder {folder}.")
     names = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
     plain = [folder / name for name in names if (folder / name).exists()]
-    variants = [*folder.glob(f"{STEM}.*.safetensors"), *folder.glob(f"{STEM}.safetensors.index.*.json")]
+    patterns = (f"{STEM}.*.safetensors", f"{STEM}.safetensors.index.*.json")
+    variants = [path for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in patterns)]
     found = plain or sorted(variants)
     if len(found) == 1:
         return found[0]
@@ -112,7 +114,7 @@ class Tensors(Mapping):
     """The tensors of a diffusers model folder: name -> Stored, nothing read but the headers."""
 
     def __init__(self, folder: str | os.PathLike):
-        path = _weights_file(Path(folder))
+        path = _weights_file(on_disk(folder, "A diffusers folder"))
         self._stored = _header(path) if path.suffix == ".safetensors" else _sharded(path)
 
     def __getitem__(self, name: str) -> Stored:
@@ -176,17 +178,19 @@ def write_folder(
     Raises:
       UserError: the folder is there and not empty.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = on_disk(folder, "A diffusers folder").absolute()
+    if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
         raise UserError(f"{folder} exists already; name a new folder.")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         _write_weights(partial, tensors, max_shard_bytes, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(folder)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rmtree(missing_ok=True)
 
 
 def fingerprint(params) -> str:

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 from flax import linen as nn
 
 from lwd_jax.errors import UserError
+from lwd_jax.files import on_disk
 from lwd_jax.weights.folder import Tensors, read_config, write_folder
 from lwd_jax.weights.table import read, write
 
@@ -67,7 +68,7 @@ def init_params(model: Model, config, key: jax.Array, dtype=jnp.float32, *, shar
 
 def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
     """The model's own folder: `folder`, or its `subfolder` where it is a whole pipeline's (has a model_index.json)."""
-    folder = Path(folder)
+    folder = on_disk(folder, "A diffusers folder")
     return folder / subfolder if (folder / "model_index.json").is_file() else folder
 
 

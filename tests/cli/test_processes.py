@@ -195,10 +195,10 @@ def stage1(root):
     return root / "stage1.json"
 
 
-def test_an_address_is_no_workdir(stage1, tmp_path, monkeypatch, capsys):
+def test_an_address_that_cannot_be_opened_is_no_workdir(stage1, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", f"--config={stage1}", "--workdir=gs://bucket/run"]) == 2
-    assert "'gs://bucket/run' is an address: mount the bucket" in capsys.readouterr().err
+    assert main(["train", f"--config={stage1}", "--workdir=s3://bucket/run"]) == 2
+    assert "'s3://bucket/run' is no address that can be opened" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

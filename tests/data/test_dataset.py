@@ -10,8 +10,9 @@ from PIL import Image
 
 from lwd_jax.data import records
 from lwd_jax.data.dataset import find_pictures, held_out, open_dataset, write_dataset
-from lwd_jax.data.records import STORAGE, pack, staged, unpack
+from lwd_jax.data.records import STORAGE, pack, unpack
 from lwd_jax.errors import UserError
+from lwd_jax.files import staged
 
 
 def quiet(*_):

@@ -260,7 +260,7 @@ def test_text_encoders_come_along_and_the_pipeline_loads_whole(tmp_path):
     folder = export(run, tmp_path / "model")
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    assert (folder / "text_encoder" / "model.safetensors").samefile(base / "text_encoder" / "model.safetensors")
+    assert (base / "text_encoder" / "model.safetensors").samefile(folder / "text_encoder" / "model.safetensors")
     noise = np.random.default_rng(1).standard_normal((1, 6, 10, 4)).astype(np.float32)
     with torch.no_grad():
         theirs = pipe(

@@ -1,10 +1,10 @@
 """The quickstart's photographs: there without a download, cut the same way each time, never squeezed."""
 
 import errno
-from pathlib import Path
 
 import numpy as np
 import pytest
+from etils.epath.gpath import PosixGPath as Path
 from PIL import Image
 
 from lwd_jax.errors import UserError

@@ -1,8 +1,7 @@
 """An output folder is there whole, or as it was before."""
 
-from pathlib import Path
-
 import pytest
+from etils.epath.gpath import PosixGPath as Path
 
 from lwd_jax.errors import UserError
 from lwd_jax.report.staging import staged

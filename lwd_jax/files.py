@@ -1,0 +1,170 @@
+"""Where a file lies that somebody names: on a disk, or in a bucket under a gs:// address.
+
+Whatever the project opens, it opens through `etils.epath`, and a name becomes a Path here. A bucket has objects, not
+files: they are written whole, neither appended to nor renamed, and folders are but parts of their names. What follows
+from that is here too, so that nothing else asks where it writes.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fsspec
+from etils.epath import Path
+
+from lwd_jax.errors import UserError
+
+_SCHEME = "gs://"
+_BLOCK = 1 << 24
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether this is an address in a bucket."""
+    return os.fspath(path).startswith(_SCHEME)
+
+
+def locate(name: str | os.PathLike) -> Path:
+    """The Path of a file or folder that somebody named; nothing is opened.
+
+    Raises:
+      UserError: an address that is not gs://BUCKET/..., or the extra [gcs] is not installed.
+    """
+    text = os.fspath(name)
+    if "://" not in text:
+        return Path(text)
+    if not text.removeprefix(_SCHEME).strip("/") or not in_bucket(text):
+        raise UserError(f"'{text}' is no address that can be opened: name a folder, or gs://BUCKET/FOLDER.")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"'{text}' is in a bucket, which needs the extra [gcs]: pip install 'lwd_jax[gcs]'.")
+    # Orbax's own writes, and other hosts', pass the client by: what it remembers of folders would be out of date.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return Path(text)
+
+
+def on_disk(name: str | os.PathLike, what: str) -> Path:
+    """As `locate`, of what is read or written by libraries that open files themselves.
+
+    Args:
+      name: the file or folder.
+      what: it is, for the sentence.
+
+    Raises:
+      UserError: it is an address.
+    """
+    if "://" in os.fspath(name):
+        raise UserError(
+            f"{what} must be on a disk, but '{os.fspath(name)}' is an address: mount the bucket (gcsfuse does) and "
+            "give its place there, or copy it here."
+        )
+    return Path(name)
+
+
+def absolute(path: Path) -> Path:
+    """`path.absolute()`, which would take an address for a folder right here."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or is not there. (`iterdir` does not show files named NAME~.)"""
+    return not any(folders or names for _, folders, names in folder.walk())
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file in a folder and its folders, in order; [] of one that is not there. Links to folders are passed by."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_dir():
+            found.append(path)
+        elif not os.path.islink(path):
+            found += files_in(path)
+    return sorted(found)
+
+
+def checksum(path: Path) -> tuple[int, int | None]:
+    """What tells whether a file is as it was written: its size in bytes, and the CRC-32 of them.
+
+    Of an object the CRC is None: a bucket keeps one of its own and looks after its bytes, and to read a checkpoint back
+    through one process would take longer than writing it from all.
+    """
+    if in_bucket(path):
+        return path.stat().length, None
+    size, value = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, value = size + len(block), zlib.crc32(block, value)
+    return size, value
+
+
+class Spool:
+    """A folder to append to, as a bucket does not allow.
+
+    Attributes:
+      here: the folder itself; of one in a bucket a temporary folder on this machine, whose files `push` copies there.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._pushed, self._last = folder, {}, time.monotonic()
+        self._temporary = tempfile.TemporaryDirectory(prefix="lwd-spool-") if in_bucket(folder) else None
+        self.here = Path(self._temporary.name) if self._temporary else folder
+
+    def push(self, every: float = 0.0) -> None:
+        """Copies the files that have grown. `every`: only if so many seconds have passed since the last time."""
+        if self._temporary is None or time.monotonic() - self._last < every:
+            return
+        self._last = time.monotonic()
+        for path in files_in(self.here):
+            content = path.read_bytes()
+            if self._pushed.get(path) != len(content):
+                (self._folder / path.relative_to(self.here)).write_bytes(content)
+                self._pushed[path] = len(content)
+
+    def close(self) -> None:
+        """Copies what is left, and removes the temporary folder."""
+        self.push()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+@contextmanager
+def staged(target: Path, last: str = "") -> Iterator[Path]:
+    """A temporary folder on a disk that becomes `target` when the block ends well, and vanishes when it does not.
+
+    On a disk it is a sibling that is renamed. Into a bucket it is copied, over what was there: `last` (the file by
+    which a whole result is known) first goes and last comes, so that half a result has none.
+    """
+    if in_bucket(target):
+        with tempfile.TemporaryDirectory(prefix="lwd-staged-") as temporary:
+            yield Path(temporary)
+            _copy(Path(temporary), target, last)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir()
+    old = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy(folder: Path, target: Path, last: str) -> None:
+    if target.exists():
+        (target / last).unlink(missing_ok=True)
+        target.rmtree()
+    for path in sorted(files_in(folder), key=lambda path: path == folder / last):
+        path.copy(target / path.relative_to(folder))

@@ -1,0 +1,127 @@
+"""Where files lie: a name becomes a path in one place, and what a bucket cannot hold is refused with one sentence."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+from bucket import serve
+
+import lwd_jax
+from lwd_jax.cli import main
+from lwd_jax.errors import UserError
+from lwd_jax.files import Spool, files_in, is_empty, locate, on_disk, staged
+
+ROOT = Path(lwd_jax.__file__).parent
+
+
+def test_whatever_opens_a_path_goes_through_epath():
+    """No pathlib, no builtin open, and no glob, which reads the brackets in a folder's name."""
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            called = node.func if isinstance(node, ast.Call) else None
+            names += [f"{called.id}()"] if isinstance(called, ast.Name) else []
+            names += [f".{called.attr}()"] if isinstance(called, ast.Attribute) and called.attr in ("rglob",) else []
+            wrong += [f"{path.name}: {name}" for name in names if name in ("pathlib", "open()", ".rglob()")]
+    assert not wrong
+
+
+@pytest.fixture
+def without_extra(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gcsfs" else found(name, *a))
+
+
+def test_without_the_extra_an_address_is_one_sentence(without_extra, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for words in (
+        ["train", "--config=config.json", "--workdir=gs://bucket/run"],
+        ["export", "--workdir=gs://bucket/run", "--out=out"],
+        ["sample", "--models=gs://bucket/run", "--prompt=a", "--out=out"],
+    ):
+        assert main(words) == 2
+        assert capsys.readouterr().err == (
+            "lwd: 'gs://bucket/run' is in a bucket, which needs the extra [gcs]: pip install 'lwd_jax[gcs]'.\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/run", "http://host/run", "gs://", "gs:///"])
+def test_another_kind_of_address_is_refused(name):
+    with pytest.raises(UserError, match="is no address that can be opened"):
+        locate(name)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare", "--images=images", "--out=gs://bucket/data"],
+        ["prepare", "--images=gs://bucket/images", "--out=out"],
+        ["encode", "--dataset=gs://bucket/data", "--models=vae", "--out=out"],
+        ["doctor", "--latents=gs://bucket/latents"],
+        ["quickstart", "--workdir=gs://bucket/run"],
+    ],
+)
+def test_what_needs_a_disk_says_so(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "must be on a disk, but 'gs://bucket/" in said and "mount the bucket" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_brackets_in_its_name(tmp_path):
+    folder = tmp_path / "run [1]"
+    with staged(on_disk(folder, "It")) as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "a").write_text("1")
+    assert [path.name for path in files_in(locate(folder))] == ["a"]
+    assert not is_empty(locate(folder)) and is_empty(locate(tmp_path / "nothing"))
+
+
+def test_a_backup_file_is_content(tmp_path):
+    """epath does not list it; a folder that holds one is not to be replaced."""
+    (tmp_path / "notes~").write_text("mine")
+    assert not is_empty(locate(tmp_path))
+
+
+def test_a_spool_of_a_folder_is_the_folder(tmp_path):
+    spool = Spool(locate(tmp_path))
+    (spool.here / "a").write_text("1")
+    spool.push()
+    spool.close()
+    assert (tmp_path / "a").read_text() == "1"
+
+
+def test_a_spool_of_a_bucket_writes_what_has_grown():
+    objects = serve()
+    spool = Spool(locate("gs://spool/run"))
+    with (spool.here / "rows").open("a") as file:
+        for text in ("1\n", "2\n"):
+            file.write(text)
+            file.flush()
+            spool.push()
+            spool.push(every=100)
+    assert objects["spool", "run/rows"][0] == b"1\n2\n"
+    before = objects["spool", "run/rows"][1]
+    spool.close()
+    assert objects["spool", "run/rows"][1] == before and not spool.here.exists()
+
+
+def test_a_result_in_a_bucket_has_its_marker_last():
+    objects = serve()
+    target = locate("gs://staged/out")
+    for text in ("one", "two"):
+        with staged(target, "a.json") as folder:
+            (folder / "a.json").write_text(text)
+            (folder / text).write_text(text)
+    assert sorted(name for place, name in objects if place == "staged") == ["out/a.json", "out/two"]
+    assert objects["staged", "out/a.json"][1] > objects["staged", "out/two"][1]
+    with pytest.raises(RuntimeError), staged(locate("gs://staged/no"), "a.json") as folder:
+        (folder / "a.json").write_text("half")
+        raise RuntimeError
+    assert ("staged", "no/a.json") not in objects
