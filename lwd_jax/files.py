@@ -23,6 +23,10 @@ from lwd_jax.errors import UserError
 _SCHEME = "gs://"
 _BLOCK = 1 << 24
 
+# Orbax's own writes, and other hosts', pass the client by: what it remembers of folders would be out of date. A process
+# has one client, which whoever needs it first makes: this stands before any.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
 
 def in_bucket(path: str | os.PathLike) -> bool:
     """Whether this is an address in a bucket."""
@@ -42,8 +46,6 @@ def locate(name: str | os.PathLike) -> Path:
         raise UserError(f"'{text}' is no address that can be opened: name a folder, or gs://BUCKET/FOLDER.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"'{text}' is in a bucket, which needs the extra [gcs]: pip install 'lwd_jax[gcs]'.")
-    # Orbax's own writes, and other hosts', pass the client by: what it remembers of folders would be out of date.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return Path(text)
 
 

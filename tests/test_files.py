@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,11 @@ def test_a_result_in_a_bucket_has_its_marker_last():
         (folder / "a.json").write_text("half")
         raise RuntimeError
     assert ("staged", "no/a.json") not in objects
+
+
+def test_no_client_remembers_folders_whoever_makes_it():
+    """Also one that is made before an address is named here."""
+    pytest.importorskip("gcsfs")
+    code = "import fsspec, lwd_jax.files; print(fsspec.filesystem('gcs', token='anon').dircache.use_listings_cache)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
