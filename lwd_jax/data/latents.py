@@ -7,6 +7,7 @@ is written last: without it the folder is not complete, and encoding again conti
 """
 
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -28,7 +29,7 @@ from lwd_jax.data.records import STORAGE, float_array, pack, unpack
 from lwd_jax.data.store import Parts, Store
 from lwd_jax.data.text import States, TextEncoder
 from lwd_jax.errors import UserError, choose, read_json
-from lwd_jax.files import is_empty, on_disk
+from lwd_jax.files import is_empty, on_disk, write_whole
 
 METADATA = "metadata.json"
 FORMAT = 1
@@ -261,19 +262,15 @@ def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, reje
     }
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    temporary = target.with_name(f"partial-{target.name}")
-    write(temporary)
-    temporary.replace(target)
-
-
 def _finish(out: Path, index: dict, metadata: dict) -> None:
     """Writes the index under a name of its own, and then, at once, the metadata that names it."""
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(index[name]).tobytes() for name in sorted(index)))
     name = f"index-{digest.hexdigest()[:16]}.npz"
-    _replace(out / name, lambda path: np.savez(path, **index))
+    content = io.BytesIO()
+    np.savez(content, **index)
+    write_whole(out / name, content.getvalue())
     text = json.dumps({**metadata, "index": name}, indent=1, ensure_ascii=False)
-    _replace(out / METADATA, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(out / METADATA, text.encode())
     for old in out.iterdir():
         if old.name.startswith("index-") and old.name != name:
             old.unlink()

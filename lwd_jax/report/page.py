@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from etils.epath import Path
 
+from lwd_jax.files import write_whole
+
 
 class Text(NamedTuple):
     """A paragraph; plain text, escaped. `note` sets it apart (what a figure can and cannot show)."""
@@ -127,12 +129,6 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str = "")
     )
 
 
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def write_page(
     folder: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "", pictures: str = "pictures"
 ) -> Path:
@@ -150,7 +146,7 @@ def write_page(
     beside = Path(folder) / pictures
     beside.mkdir(parents=True, exist_ok=True)
     for picture in found:
-        _write(beside / f"{picture.name}.png", picture.png)
+        write_whole(beside / f"{picture.name}.png", picture.png)
     report = Path(folder) / "report.html"
-    _write(report, render(title, lead, sections, footer).encode())
+    write_whole(report, render(title, lead, sections, footer).encode())
     return report

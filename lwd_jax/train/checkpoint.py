@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError, read_json
-from lwd_jax.files import absolute, checksum, files_in, locate
+from lwd_jax.files import absolute, checksum, files_in, locate, write_whole
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.table import flat, nested
@@ -72,10 +72,7 @@ def write_manifest(step: Path) -> None:
         sums = _checksums(step)
         if not sums:  # a bucket would make the folder again
             raise FileNotFoundError(step)
-        text = json.dumps(sums, indent=1)
-        partial = step / f".{MANIFEST}"
-        partial.write_text(text)
-        partial.replace(step / MANIFEST)
+        write_whole(step / MANIFEST, json.dumps(sums, indent=1).encode())
     except FileNotFoundError:
         log.info("checkpoint %s was removed before its manifest was written", step.name)
 

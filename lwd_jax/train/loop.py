@@ -202,6 +202,52 @@ def _begin(program: Program, config: Config, workdir: Path, description: str, pa
     return checkpoints, state, position
 
 
+class _Held(NamedTuple):
+    """What a run holds open while it trains."""
+
+    stop: Stop
+    profiler: _Profiler
+    checkpoints: Checkpoints
+    feed: Feed
+    writer: Writer
+    reporter: _Reporter
+    previewer: _Previewer
+
+
+def _steps(program: Program, config: Config, held: _Held, state: State, first: int, key: jax.Array) -> Outcome:
+    """From the step after `first` to the last one, or until a signal."""
+    total, reporter, checkpoints = config.training.steps, held.reporter, held.checkpoints
+    for step in range(first + 1, total + 1):
+        # Train
+        held.profiler.before(step)
+        batch, position = next(held.feed)
+        state, metrics = program.step(state, batch, key)
+        reporter.took(step, metrics)
+        if checkpoints.preempted(step):
+            held.stop.signal = signal.SIGTERM
+        ending = step == total or bool(held.stop.signal)
+
+        # Look
+        seen, seconds = held.previewer.look(step, state) if held.previewer.due(step) else ({}, 0.0)
+        saving = step % config.training.save_every == 0 or ending
+        reporter.away(seconds)
+        if seen or saving:
+            reporter.flush(step, seen)
+
+        # Save
+        if saving:
+            start = time.perf_counter()
+            held.writer.push()  # first, so that no checkpoint is without the lines before it
+            checkpoints.save(state, position, config)
+            reporter.away(time.perf_counter() - start)
+        checkpoints.seal()
+        if ending:
+            break
+
+    checkpoints.finish(step)
+    return Outcome(step, held.stop.signal if step < total else 0)
+
+
 def run(
     program: Program,
     batches: Any,
@@ -229,14 +275,13 @@ def run(
       UserError: the workdir belongs to another run; the loss or gradient stays non-finite; the disk is full.
     """
     with contextlib.ExitStack() as closing:
-        # Begin, or resume
         stop = closing.enter_context(Stop())
-        workdir, training, total = locate(workdir), config.training, config.training.steps
+        workdir = locate(workdir)
         profiler = _Profiler(config, workdir)
         closing.callback(profiler.close)
         checkpoints, state, position = _begin(program, config, workdir, description, params, closing)
         first = int(state.step)
-        if first >= total:
+        if first >= config.training.steps:
             return Outcome(first, 0)
         if position is not None:
             batches.restore(position)
@@ -250,33 +295,5 @@ def run(
             writer.write(0, previewer.look(0, state)[0])
         # Made on every device: a device_put moves no key to the devices of other processes.
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
-
-        for step in range(first + 1, total + 1):
-            # Train
-            profiler.before(step)
-            batch, position = next(feed)
-            state, metrics = program.step(state, batch, key)
-            reporter.took(step, metrics)
-            if checkpoints.preempted(step):
-                stop.signal = signal.SIGTERM
-            ending = step == total or bool(stop.signal)
-
-            # Look
-            seen, seconds = previewer.look(step, state) if previewer.due(step) else ({}, 0.0)
-            saving = step % training.save_every == 0 or ending
-            reporter.away(seconds)
-            if seen or saving:
-                reporter.flush(step, seen)
-
-            # Save
-            if saving:
-                start = time.perf_counter()
-                writer.push()  # first, so that no checkpoint is without the lines before it
-                checkpoints.save(state, position, config)
-                reporter.away(time.perf_counter() - start)
-            checkpoints.seal()
-            if ending:
-                break
-
-        checkpoints.finish(step)
-        return Outcome(step, stop.signal if step < total else 0)
+        held = _Held(stop, profiler, checkpoints, feed, writer, reporter, previewer)
+        return _steps(program, config, held, state, first, key)

@@ -12,7 +12,7 @@ from etils.epath import Path
 from tensorboardX import SummaryWriter
 
 from lwd_jax.errors import UserError
-from lwd_jax.files import Spool, locate
+from lwd_jax.files import Spool, locate, write_whole
 from lwd_jax.train.step import SUMMED
 
 FILE = "metrics.jsonl"
@@ -105,9 +105,7 @@ def _drop_after(path: Path, step: int, target: Path) -> None:
     """
     if not path.exists():
         return
-    partial = target.with_suffix(".partial")
-    partial.write_bytes(b"".join(text + b"\n" for text, row in _rows(path) if row["step"] <= step))
-    partial.replace(target)
+    write_whole(target, b"".join(text + b"\n" for text, row in _rows(path) if row["step"] <= step))
 
 
 class Writer:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from bucket import put_folder, serve
+from bucket import names, put_folder, serve
 from safetensors.numpy import load_file
 from test_train import config_of
 from tiny_models import write_inputs, write_workdir
@@ -32,10 +32,6 @@ def runs(objects, tmp_path_factory):
     return root, "gs://runs/all"
 
 
-def names(objects, bucket):
-    return sorted(name for place, name in objects if place == bucket)
-
-
 def said(capsys, words):
     assert main(words) == 0, capsys.readouterr().err
     return capsys.readouterr().out
@@ -58,7 +54,7 @@ def test_samples_of_a_run_in_a_bucket_into_the_bucket(runs, objects, tmp_path, c
     there = [f"--models={address}/stage2", f"--autoencoder={address}/stage1", "--out=gs://samples/out"]
     said(capsys, ["sample", *prompt, *here])
     assert "lwd inspect gs://samples/out/00000.png" in said(capsys, ["sample", *prompt, *there])
-    assert names(objects, "samples") == ["out/00000.png", "out/samples.json"]
+    assert names("samples") == ["out/00000.png", "out/samples.json"]
     made = [json.loads(text)["samples"] for text in ((tmp_path / "here" / "samples.json").read_bytes(),
                                                      objects["samples", "out/samples.json"][0])]  # fmt: skip
     assert made[0] == made[1]

@@ -307,7 +307,7 @@ def test_help_shows_an_example(fake, script):
     assert f"example:\n  bash launch/{script} " in launch(fake, script, "--help")
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_launchers_are_clean():
-    ran = subprocess.run(["shellcheck", "-x", *map(str, LAUNCH.glob("*.sh"))], cwd=LAUNCH.parent, capture_output=True)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    ran = subprocess.run([shellcheck, "-x", *LAUNCH.glob("*.sh")], cwd=LAUNCH.parent, capture_output=True)
     assert ran.returncode == 0, ran.stdout.decode()

@@ -5,29 +5,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_runs import STAGE1, TINY
 
 from lwd_jax.cli.plan import MAKERS
-from lwd_jax.config import load_config
 from lwd_jax.errors import UserError
 from lwd_jax.objective import lpips
 from lwd_jax.plan import compile as plan
 from lwd_jax.plan.compile import plan_program
 from lwd_jax.plan.programs import abstract_stage, names_of, planned
 from lwd_jax.plan.topology import open_topology, parse
-
-TINY = load_config(
-    {
-        "stage": 2,
-        "resolution": 64,
-        "models": {"autoencoder_variant": "tiny", "backbone_variant": "tiny"},
-        "data": {"batch_size": 8},
-        "mesh": {"data": 2, "fsdp": 4},
-        "sampling": {"steps": 3},
-    }
-)
-STAGE1 = load_config(
-    {"stage": 1, "resolution": 64, "models": {"autoencoder_variant": "tiny"}, "data": {"batch_size": 8}}
-)
 
 
 def test_donated_memory_is_counted_once():

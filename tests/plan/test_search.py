@@ -5,6 +5,8 @@ import math
 
 import jax
 import pytest
+import tiny_runs
+from tiny_runs import TINY
 
 from lwd_jax.cli.plan import MAKERS
 from lwd_jax.config import load_config
@@ -22,24 +24,7 @@ from lwd_jax.plan.table import sweep_row
 from lwd_jax.plan.topology import parse
 
 REMATS = ("none", "attention", "full")
-TINY = load_config(
-    {
-        "stage": 2,
-        "resolution": 64,
-        "models": {"autoencoder_variant": "tiny", "backbone_variant": "tiny"},
-        "data": {"batch_size": 8},
-        "mesh": {"data": 2, "fsdp": 4},
-    }
-)
-STAGE1 = load_config(
-    {
-        "stage": 1,
-        "resolution": 64,
-        "models": {"autoencoder_variant": "tiny"},
-        "data": {"batch_size": 8},
-        "reconstruction": {"lpips": 0.0, "alpha": 0.0},
-    }
-)
+STAGE1 = with_settings(tiny_runs.STAGE1, {"reconstruction.lpips": 0.0, "reconstruction.alpha": 0.0})
 V5E = parse("v5e:2x4")
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from bucket import Bucket, get_folder, put_folder, serve
+from bucket import Bucket, get_folder, names, put_folder, serve
 from test_loop import lines, state_of, train, with_training
 
 from lwd_jax.errors import UserError
@@ -27,10 +27,6 @@ def whole(objects, tmp_path_factory):
     return folder, "gs://whole/a/run"
 
 
-def names(objects, bucket):
-    return sorted(name for place, name in objects if place == bucket)
-
-
 def same_state(first, second):
     (state, position), (other, other_position) = state_of(first), state_of(second)
     jax.tree.map(np.testing.assert_array_equal, state, other)
@@ -44,15 +40,15 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(whole, objects):
     jax.tree.map(np.testing.assert_array_equal, read_params(folder)[0], read_params(address)[0])
     for name in ("config.json", "model.json"):
         assert (locate(address) / name).read_text() == (folder / name).read_text()
-    events = [name for name in names(objects, "whole") if "/tb/" in name]
+    events = [name for name in names("whole") if "/tb/" in name]
     assert len(events) == 1 and len(objects["whole", events[0]][0]) > 500
-    tops = {name.removeprefix("a/run/").split("/")[0] for name in names(objects, "whole")}
+    tops = {name.removeprefix("a/run/").split("/")[0] for name in names("whole")}
     assert tops == {"config.json", "model.json", metrics.FILE, "tb", "checkpoints"}
 
 
 def test_arrays_were_written_by_tensorstore_itself(whole, objects):
     """Orbax hands TensorStore's own client the address: no file of this machine is in between."""
-    arrays = [name for name in names(objects, "whole") if "/params/" in name and "ocdbt" in name]
+    arrays = [name for name in names("whole") if "/params/" in name and "ocdbt" in name]
     assert arrays
 
 
@@ -74,7 +70,7 @@ def test_lines_after_the_restored_step_are_written_once(objects):
     assert saved_steps("gs://killed/run") == [2, 4]
     train("gs://killed/run")
     assert [line["step"] for line in metrics.read("gs://killed/run")] == [2, 4, 6]
-    assert not [name for name in names(objects, "killed") if name.startswith("run/checkpoints/5/")]
+    assert not [name for name in names("killed") if name.startswith("run/checkpoints/5/")]
 
 
 def test_lines_come_before_their_checkpoint(objects, monkeypatch):
