@@ -167,8 +167,9 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
 def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool) -> list[Part]:
     base, arm_steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
     data = {"data__latents": run.latents, "models__autoencoder": run.after}
-    plain = {"matching__mask": "everywhere", "optimizer__learning_rate": 1e-3, "training__ema": 0.99}
-    plain |= {"training__preview_every": 0}  # both arms' previews begin with it
+    plain = {"matching__mask": "everywhere", "training__preview_every": 0}  # both arms' previews begin with it
+    if not fast:  # where it is one of the arms' steps, compiled once
+        plain |= {"optimizer__learning_rate": 1e-3, "training__ema": 0.99}
     words = _train(2, run.base, base, fast, **plain, **data)
     parts = [Part("stage 2, base: the backbone that both arms fine-tune", words, run.base / FOLDER / str(base))]
     titles = {"plain": "stage 2, plain: every position supervised", "LWD": "stage 2, LWD: the wavelet mask"}
