@@ -24,7 +24,9 @@ def mesh_shape(config: configs.Mesh, devices: int) -> tuple[int, ...]:
     known = math.prod(size for size in sizes.values() if size != -1)
     written = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     if known < 1 or devices % known:
-        raise UserError(f"The mesh ({written}) does not divide the {devices} devices there are.")
+        raise UserError(
+            f"The mesh ({written}) does not divide over {devices} device(s); set one of its axes to -1 to use them."
+        )
     shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in AXES)
     if math.prod(shape) != devices:
         raise UserError(

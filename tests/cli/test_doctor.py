@@ -213,4 +213,4 @@ def test_what_is_named_but_not_there_is_the_users_mistake(flag, capsys):
 def test_failures_give_exit_status_1(config_file, capsys):
     assert main(["doctor", "--config", config_file(mesh={"fsdp": 7})]) == 1
     printed = capsys.readouterr().out.replace("│", " ").replace("|", " ")
-    assert "does not divide the 8 devices" in " ".join(printed.split())
+    assert "does not divide over 8 device(s)" in " ".join(printed.split())
