@@ -1,8 +1,10 @@
-"""Convolution and row moments of pictures, worked in bands of rows where a CPU would need too much memory at once.
+"""Convolution and row moments of pictures, worked in bands of rows where the whole would need too much memory at once.
 
 XLA's CPU backend copies bfloat16 to float32 before a convolution and before two sums over the same array, and keeps the
 copies: 8 GiB each for the first level of a 5312 x 2988 picture. In bands only a band is ever float32. Accelerators need
-no such copies, and split whole convolutions over devices themselves, so there the arrays stay whole.
+no such copies, but there too an array of that level takes 4 GiB at 4096 px. Band by band, what a convolution is added
+to is written over, and two such arrays are there at once, not three. Rows that lie over several devices stay whole: the
+compiler splits such convolutions itself.
 """
 
 import functools
@@ -15,26 +17,33 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lwd_jax.nn.layers import precision_of
+from lwd_jax.nn.sharding import axis_size, batch_axes
 from lwd_jax.shapes import Array
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Limits(NamedTuple):
-    """When a CPU works in bands, in elements."""
+    """When a device works in bands, in elements of the largest array of a step."""
 
-    whole: int = 1 << 28  # of the array that is worked at once: 1 GiB in float32
-    band: int = 1 << 25  # of a band: 128 MiB
+    cpu: int = 1 << 28  # above it a CPU does: 1 GiB in float32
+    cpu_band: int = 1 << 25  # and a band is so large: 128 MiB
+    accelerator: int = 1 << 30  # 2 GiB in bfloat16
+    accelerator_band: int = 1 << 27
 
 
-def _by_platform(whole: Callable, banded: Callable) -> Callable:
-    """`banded` on a CPU, `whole` elsewhere; the gradient is that of `whole`.
+def _by_platform(whole: Callable, cpu: Callable, other: Callable) -> Callable:
+    """`cpu` on a CPU, `other` elsewhere; the gradient is that of `whole`.
 
-    Pictures of this size are encoded and decoded on a CPU, not trained on.
+    Pictures of this size are encoded and decoded, not trained on.
     """
-    on_cpu = jax.custom_vjp(banded)
-    on_cpu.defvjp(lambda *x: (banded(*x), x), lambda x, gradient: jax.vjp(whole, *x)[1](gradient))
-    return lambda *x: jax.lax.platform_dependent(*x, cpu=on_cpu, default=whole)
+
+    def road(*x):
+        return jax.lax.platform_dependent(*x, cpu=cpu, default=other)
+
+    chosen = jax.custom_vjp(road)
+    chosen.defvjp(lambda *x: (road(*x), x), lambda x, gradient: jax.vjp(whole, *x)[1](gradient))
+    return chosen
 
 
 def _bits(x: Array) -> Array:
@@ -51,15 +60,15 @@ def _rows(x: Array, start: Array, count: int, dtype) -> Array:
     return _values(jax.lax.dynamic_slice_in_dim(x, start, count, axis=1), dtype)
 
 
-def _write_bands(result: Array, size: int, band: Callable[[Array], Array]) -> Array:
-    """result with every `size` rows replaced by band(first row); the last band may overlap the one before it."""
-    rows = result.shape[1]
+def _write_bands(result: Array, size: int, band: Callable[[Array, Array, int], Array]) -> Array:
+    """result with every `size` rows, and those that are left, replaced by band(result so far, first row, how many)."""
+    number, left = divmod(result.shape[1], size)
 
-    def write(i, result):
-        start = jnp.minimum(i * size, rows - size)
-        return jax.lax.dynamic_update_slice_in_dim(result, band(start), start, axis=1)
+    def write(i, result, count=size):
+        return jax.lax.dynamic_update_slice_in_dim(result, band(result, i * size, count), i * size, axis=1)
 
-    return jax.lax.fori_loop(0, math.ceil(rows / size), write, result)
+    result = jax.lax.fori_loop(0, number, write, result)
+    return write(number, result, left) if left else result
 
 
 class Step(NamedTuple):
@@ -124,31 +133,46 @@ def _convolve_whole(
 
 
 def _convolve_bands(
-    step: Step, band: int, x: Array, kernel: Array, bias: Array, activate: Affine | None, plus: Array | None
+    step: Step,
+    band: int,
+    hold: Callable[[Array], Array],
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    activate: Affine | None,
+    plus: Array | None,
 ) -> Array:
+    """`_convolve_whole` in bands of about `band` elements; the result takes the place of `plus`.
+
+    hold: as what a loop keeps large arrays.
+    """
     batch, height, width, channels = x.shape
     vertical, horizontal = step.padding
     rows = (height + sum(vertical) - kernel.shape[0]) // step.stride + 1
     columns = (width + sum(horizontal) - kernel.shape[1]) // step.stride + 1
-    most = (height - kernel.shape[0]) // step.stride + 1
+    most = (height - kernel.shape[0]) // step.stride + 1  # rows of a band that lies within x
     size = min(most, max(1, band // (batch * width * max(channels, kernel.shape[-1]) * step.stride)))
-    span = (size - 1) * step.stride + kernel.shape[0]
-    bits, added = _bits(x), None if plus is None else _bits(plus)
+    size = math.ceil(rows / math.ceil(rows / size))
+    held = hold(x)
 
-    def convolved(start):
+    def convolved(result, start, count):
         # Zeros go around the activated band, not around x: all large arrays have one size and take each other's places.
+        span = (count - 1) * step.stride + kernel.shape[0]
         wanted = start * step.stride - vertical[0]
         there = jnp.clip(wanted, 0, height - span)
-        part = _activated(activate, _rows(bits, there, span, x.dtype))
+        part = _activated(activate, _rows(held, there, span, x.dtype))
         part = jnp.pad(part, ((0, 0), vertical, (0, 0), (0, 0)))
         part = _rows(part, wanted - there + vertical[0], span, x.dtype)
-        more = None if added is None else _rows(added, start, size, bias.dtype)
-        return _bits(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, None, more))
+        more = None if plus is None else _rows(result, start, count, bias.dtype)
+        return hold(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, None, more))
 
-    # Every row is overwritten. The value at the start is one of x, so that this buffer is made when x is there:
-    # constants would be made at the program's start, for all convolutions at once.
-    kept = jnp.uint16 if bias.dtype == jnp.bfloat16 else bias.dtype
-    result = jnp.full((batch, rows, columns, kernel.shape[-1]), bits[0, 0, 0, 0].astype(kept))
+    if plus is None:
+        # Every row is overwritten. The value at the start is one of x, so that this buffer is made when x is there:
+        # constants would be made at the program's start, for all convolutions at once.
+        like = jax.eval_shape(hold, jax.ShapeDtypeStruct((), bias.dtype))
+        result = jnp.full((batch, rows, columns, kernel.shape[-1]), held[0, 0, 0, 0].astype(like.dtype))
+    else:
+        result = hold(plus)
     return _values(_write_bands(result, size, convolved), bias.dtype)
 
 
@@ -168,9 +192,14 @@ def convolve(
     """
     whole = functools.partial(_convolve_whole, step)
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
-    if elements <= limits.whole or x.shape[1] < kernel.shape[0]:
+    parts = axis_size("data") * axis_size("fsdp") if batch_axes(x.shape[0]) else 1
+    elsewhere = elements > limits.accelerator * parts and axis_size("context") == 1
+    if x.shape[1] < kernel.shape[0] or not (elsewhere or elements > limits.cpu):
         return whole(x, kernel, bias, activate, plus)
-    return _by_platform(whole, functools.partial(_convolve_bands, step, limits.band))(x, kernel, bias, activate, plus)
+    banded = functools.partial(_convolve_bands, step)
+    on_cpu = functools.partial(banded, limits.cpu_band, _bits)
+    on_others = functools.partial(banded, limits.accelerator_band * parts, lambda x: x) if elsewhere else whole
+    return _by_platform(whole, on_cpu, on_others)(x, kernel, bias, activate, plus)
 
 
 def _moments_whole(x: Array) -> Array:
@@ -187,14 +216,14 @@ def _moments_bands(band: int, x: Array) -> Array:
     size = min(height, max(1, band // (batch * width * channels)))
     bits = _bits(x)
     result = jnp.zeros((batch, height, channels, 2), jnp.float32)
-    return _write_bands(result, size, lambda start: _moments_whole(_rows(bits, start, size, x.dtype)))
+    return _write_bands(result, size, lambda _, start, count: _moments_whole(_rows(bits, start, count, x.dtype)))
 
 
 def row_moments(x: Array, limits: Limits = Limits()) -> Array:
     """Mean and variance over each row and channel: [B H W C] -> [B H C 2] float32."""
-    if x.size <= limits.whole:
+    if x.size <= limits.cpu:
         return _moments_whole(x)
-    return _by_platform(_moments_whole, functools.partial(_moments_bands, limits.band))(x)
+    return _by_platform(_moments_whole, functools.partial(_moments_bands, limits.cpu_band), _moments_whole)(x)
 
 
 class Conv(nn.Module):

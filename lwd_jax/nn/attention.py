@@ -5,7 +5,7 @@ device attends for its own pictures and heads, and the positions are exchanged o
 import contextlib
 import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -56,14 +56,14 @@ def _cudnn(q, k, v, real):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-def _splash(q, k, v, real):
+def splash(q, k, v, real):
     """Fused, never keeps an L x L matrix; what its backward pass needs is named `SAVED`."""
     from lwd_jax.nn.splash import splash_attention  # Pallas takes a second to import, and only a TPU needs it
 
     return splash_attention(q, k, v, real, name=SAVED)
 
 
-KERNELS = {"gpu": _cudnn, "tpu": _splash}  # platform -> kernel; one that is not named uses XLA
+KERNELS = {"gpu": _cudnn, "tpu": splash}  # platform -> kernel; one that is not named uses XLA
 
 
 @contextlib.contextmanager
@@ -76,8 +76,16 @@ def for_platform(platform: str):
         _PLATFORM.reset(token)
 
 
-def _attend(q, k, v, real):
-    return KERNELS.get(_PLATFORM.get() or jax.default_backend(), _xla)(q, k, v, real)
+def by_platform(kernels: Mapping[str, Callable], other: Callable) -> Callable:
+    """The kernel of the platform that it is traced for, `other` where none is named for it."""
+
+    def kernel(q, k, v, real):
+        return kernels.get(_PLATFORM.get() or jax.default_backend(), other)(q, k, v, real)
+
+    return kernel
+
+
+_attend = by_platform(KERNELS, _xla)
 
 
 # ----------------------------------------------------------------------------------------------------- attention

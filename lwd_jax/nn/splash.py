@@ -12,13 +12,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 BLOCK = 1536  # positions at most; the lengths of SD3 and FLUX at 1, 2 and 4 thousand pixels fill such blocks
+_WIDE = 128  # channels of a head; with more, blocks are smaller, so that as much lies in the chip's fast memory
 _UNIT = 256
 _COMPUTE = 640  # keys that are multiplied at a time, at most
 
 
-def blocks_of(length: int) -> tuple[int, int]:
-    """(number, size) of the equal blocks that hold `length` positions."""
-    number = math.ceil(length / BLOCK)
+def blocks_of(length: int, width: int = _WIDE) -> tuple[int, int]:
+    """(number, size) of the equal blocks that hold `length` positions of heads of `width` channels."""
+    most = max(2 * _UNIT, BLOCK * _WIDE // max(width, _WIDE))
+    number = math.ceil(length / most)
     return number, math.ceil(length / number / _UNIT) * _UNIT
 
 
@@ -66,7 +68,7 @@ def splash_attention(q, k, v, real: jax.Array | None = None, *, name: str, inter
       [B L N d] in the dtype of q.
     """
     batch, length, heads, width = q.shape
-    (number_q, block_q), (number_k, block_k) = blocks_of(length), blocks_of(k.shape[1])
+    (number_q, block_q), (number_k, block_k) = blocks_of(length, width), blocks_of(k.shape[1], width)
     shape = (number_q * block_q, number_k * block_k)
     segments = None
     if shape[1] != k.shape[1] or real is not None:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lwd_jax.autoencoders import bands
 from lwd_jax.autoencoders.bands import Affine, Limits, Step, convolve, row_moments
+from lwd_jax.parallel.mesh import abstract_mesh
 
 SAME, HALVE = ((1, 1), (1, 1)), ((0, 1), (0, 1))
 
@@ -36,6 +38,32 @@ def test_bands_equal_the_whole(stride, padding, size, height):
     for band in (2 * 14 * 5 * (1 if height == 10 else 4), 1 << 20):
         for ours, theirs in zip(jax.tree.leaves(both(0, band)), wanted):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_accelerators_write_over_what_is_added():
+    """Their road through the bands: the same result, and no memory of the result's size beside the operands."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, plus = jax.random.normal(keys[0], (2, 2, 250, 64, 8))
+    kernel, bias = jax.random.normal(keys[1], (3, 3, 8, 8)), jax.random.normal(keys[2], (8,))
+    banded = functools.partial(bands._convolve_bands, Step(1, SAME), 2 * 64 * 8 * 20, lambda x: x)
+    compiled = jax.jit(banded, donate_argnums=4).lower(x, kernel, bias, None, plus).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 2
+    wanted = bands._convolve_whole(Step(1, SAME), x, kernel, bias, None, plus)
+    np.testing.assert_allclose(compiled(x, kernel, bias, None, plus), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mesh, loops", [((1, 1, 1, 1), True), ((2, 2, 1, 1), True), ((4, 1, 1, 1), False), ((1, 1, 2, 1), False)]
+)
+def test_large_pictures_of_one_accelerator_alone_are_worked_in_bands(mesh, loops):
+    """Not those whose rows lie over devices, nor those of which each device has a small part."""
+    x = jax.ShapeDtypeStruct((4, 32, 32, 8), jnp.bfloat16)
+    limits = Limits(accelerator=x.size // 4 - (mesh != (4, 1, 1, 1)), accelerator_band=1 << 10)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
+        step = functools.partial(convolve, Step(1, SAME), limits=limits)
+        operands = (x, jax.ShapeDtypeStruct((3, 3, 8, 8), x.dtype), jax.ShapeDtypeStruct((8,), x.dtype))
+        lowered = jax.jit(step).trace(*operands).lower(lowering_platforms=("tpu",))
+    assert ("stablehlo.while" in lowered.as_text()) is loops
 
 
 @pytest.mark.parametrize("dtype, offset", [(jnp.float32, 1), (jnp.float32, 3000), (jnp.bfloat16, 1)])

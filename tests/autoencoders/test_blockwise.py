@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from lwd_jax.autoencoders.blockwise import blockwise_attention
+from lwd_jax.autoencoders.kl import VARIANTS, AutoencoderKL
+from lwd_jax.nn.attention import for_platform
 
 
 def dense(q, k, v):
@@ -64,3 +66,14 @@ def test_memory_grows_linearly():
 
     small, large = temporaries(16_384), temporaries(32_768)
     assert large < 2.1 * small and large < 256 * 2**20
+
+
+@pytest.mark.parametrize("platform, kernel", [("tpu", "splash"), ("gpu", ""), ("cpu", "")])
+def test_a_tpu_has_a_kernel_for_it(platform, kernel):
+    """In the autoencoder itself; elsewhere the blocks are a loop of products. (cuDNN's kernels take narrower heads.)"""
+    module = AutoencoderKL(VARIANTS["tiny"])
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    with for_platform(platform):
+        params = jax.eval_shape(module.init, jax.random.key(0), x)
+        shown = str(jax.make_jaxpr(lambda params, x: module.apply(params, x, method="encode").mean)(params, x))
+    assert ("splash" in shown) is bool(kernel) and ("fused_attention" in shown) is False

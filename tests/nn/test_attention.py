@@ -196,12 +196,17 @@ def test_a_kind_without_queries_gives_nothing():
 # -------------------------------------------------------------------------------------------------- on a TPU
 
 
-@pytest.mark.parametrize(("length", "keys", "padded"), [(130, 300, True), (256, 256, False), (70, 1700, True)])
-def test_splash_equals_xla(length, keys, padded):
-    """The TPU's kernel, interpreted: result and gradients, for lengths that are no blocks and with keys left out."""
-    q, k, v = draw(2, length, 2, 64), draw(2, keys, 2, 64, seed=1), draw(2, keys, 2, 64, seed=2)
+@pytest.mark.parametrize(
+    ("length", "keys", "padded", "heads"),
+    [(130, 300, True, (2, 64)), (256, 256, False, (2, 64)), (70, 1700, True, (2, 64)), (530, 600, False, (1, 512))],
+)
+def test_splash_equals_xla(length, keys, padded, heads):
+    """The TPU's kernel, interpreted: result and gradients, for lengths that are no blocks and with keys left out, and
+    for the autoencoder's one wide head.
+    """
+    q, k, v = draw(2, length, *heads), draw(2, keys, *heads, seed=1), draw(2, keys, *heads, seed=2)
     real = jnp.arange(keys) < jnp.array([keys - 9, keys])[:, None] if padded else None
-    weight = draw(2, length, 2, 64, seed=3)
+    weight = draw(2, length, *heads, seed=3)
 
     def gradients(attend):
         return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(weight * attend(*qkv)), (0, 1, 2)))(q, k, v)
@@ -220,3 +225,9 @@ def test_blocks_hold_the_lengths_in_use(length, blocks):
     assert blocks_of(length) == blocks
     sizes = block_sizes(blocks[1], blocks[1])
     assert blocks[1] % sizes.block_kv_compute == 0 and blocks[1] % sizes.block_q_dkv == 0
+
+
+def test_wide_heads_have_smaller_blocks():
+    """As many channels in a block as of heads of 128, but 512 positions at least."""
+    assert blocks_of(4096, 128) == blocks_of(4096, 64) == (3, 1536)
+    assert blocks_of(4096, 256) == (6, 768) and blocks_of(4096, 512) == blocks_of(4096, 1024) == (8, 512)
