@@ -152,6 +152,25 @@ def _place(host: np.ndarray, sharding) -> jax.Array:
     return jax.block_until_ready(jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]))
 
 
+class Unread(NamedTuple):
+    """A parameter of a foreign checkpoint. `np.asarray(unread)` reads it."""
+
+    row: Row
+    tensors: Mapping[str, Any]
+    shape: tuple[int, ...]
+
+    def __array__(self, dtype=None, copy=None):
+        return _gather(self.row, self.tensors, self.shape, np.float32 if dtype is None else dtype)
+
+
+def unread_params(rows: Sequence[Row], tensors: Mapping[str, Any], abstract_params):
+    """Our parameters as a nested dict of `Unread`; arguments and errors as of `read`."""
+    cover(rows, {name: tensor.shape for name, tensor in tensors.items()}, abstract_params)
+    _check_dtypes(tensors)
+    params = flat(abstract_params)
+    return nested({row.ours: Unread(row, tensors, tuple(params[row.ours].shape)) for row in rows})
+
+
 def read(rows: Sequence[Row], tensors: Mapping[str, Any], abstract_params, *, shardings=None, dtype=None):
     """Our parameters, read from foreign tensors one parameter at a time.
 
