@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from lwd_jax.adapters import attach
 from lwd_jax.adapters.dropout import dropout, streams
-from lwd_jax.adapters.factors import trainable
+from lwd_jax.adapters.factors import is_factor, trainable
 from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
@@ -22,7 +22,7 @@ from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import batch_shardings, replicated
 from lwd_jax.train.optimizer import make_optimizer, trainable_paths
-from lwd_jax.train.state import State, merge, new_state, state_shardings
+from lwd_jax.train.state import State, merge, new_state, split, state_shardings
 from lwd_jax.train.step import Loss, keeps_average, make_step
 from lwd_jax.weights.table import flat, nested
 
@@ -259,16 +259,20 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
     abstract = jax.eval_shape(start, abstract_params)
     shardings = state_shardings(abstract, mesh)
     from_key = jax.jit(lambda key: start(stage.init(key)), out_shardings=shardings)
+    # Fixed factors of earlier adapters may be joined by others: their memory is not the new ones'.
     from_params = jax.jit(
-        lambda params, key: start(stage.adapt(params, key)), out_shardings=shardings, donate_argnums=0
+        lambda base, factors, key: start(stage.adapt(merge(base, factors), key)),
+        out_shardings=shardings,
+        donate_argnums=0,
     )
     layouts = flat(shardings.params)
+    factors = frozenset(filter(is_factor, layouts))
 
     def place(params):
         return jax.device_put(params, nested({path: layouts[path] for path in flat(params)}))
 
     def init(key, params=None):
-        return from_key(key) if params is None else from_params(place(params), key)
+        return from_key(key) if params is None else from_params(*reversed(split(place(params), factors)), key)
 
     def complete(state, params):
         return state._replace(params=merge(place(params), state.params))
