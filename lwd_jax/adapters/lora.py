@@ -2,12 +2,15 @@
 the base."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lwd_jax import config as configs
 from lwd_jax.nn.layers import SCALE, TRAINED
+from lwd_jax.weights.table import flat
 
 
 def scale(adapter: configs.Adapter) -> float:
@@ -32,3 +35,16 @@ def start(kernel: jax.Array, key: jax.Array, adapter: configs.Adapter) -> dict[s
     pair = [jnp.zeros(shape, jnp.float32) for shape in shapes]
     pair[drawn] = jax.random.normal(key, shapes[drawn]) / adapter.rank
     return dict(zip(TRAINED, pair)) | {SCALE: jnp.full(layers, scale(adapter), jnp.float32)}
+
+
+def settings_of(factors: Any) -> configs.Adapter:
+    """The config that a run with these factors would have.
+
+    Args:
+      factors: a tree of `lora_a`, `lora_b` and `lora_scale` alone, of one rank and one scale.
+    """
+    leaves = flat(factors)
+    paths = sorted({path.rpartition("/")[0] for path in leaves})
+    rank = leaves[f"{paths[0]}/{TRAINED[0]}"].shape[-1]
+    one = float(np.ravel(leaves[f"{paths[0]}/{SCALE}"])[0])
+    return configs.Adapter(kind="lora", rank=rank, alpha=one * rank, targets=tuple(paths))

@@ -117,19 +117,19 @@ def _settings(path: Any) -> dict:
     return settings
 
 
-def _scale(settings: Mapping[str, Any], rank: int) -> float:
-    """What PEFT multiplies the product by; 1 where a file does not say."""
-    alpha = settings.get("lora_alpha", rank)
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _scale(settings: Mapping[str, Any]) -> float:
+    """What PEFT multiplies the products by; 1 where a file does not say."""
+    if "lora_alpha" not in settings:
+        return 1.0
+    return settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"])
 
 
-def _by_module(path: Any, known: set[str]) -> dict[str, tuple[Stored, Stored]]:
+def _by_module(path: Any, tensors: Mapping[str, Stored], known: set[str]) -> dict[str, tuple[Stored, Stored]]:
     """Foreign layer -> (lora_A, lora_B).
 
     Raises:
       UserError: a tensor that belongs to no layer of the model, or a layer with one of the two.
     """
-    tensors = header(path)
     names = {f"{_PREFIX}{module}.lora_{kind}.weight": (module, kind) for module in known for kind in "AB"}
     if unknown := sorted(tensors.keys() - names.keys()):
         raise UserError(f"{path} has {counted(len(unknown))} unknown to this model: {quoted(unknown)}.")
@@ -142,9 +142,9 @@ def _by_module(path: Any, known: set[str]) -> dict[str, tuple[Stored, Stored]]:
 
 
 def _stack(row: Row, shape: tuple[int, ...], pairs: Mapping[str, tuple], path: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(a [.., in, r], b [.., r, out]) of one kernel of this shape. Layers of a stack that the file leaves out, or has in
-    a smaller rank, are filled up with zeros."""
-    rank = max(pairs[module][0].shape[0] for module in _modules(row) if module in pairs)
+    """(a [.., in, r], b [.., r, out]) of one kernel of this shape, r the largest rank in the file. Layers of a stack
+    that the file leaves out, or has in a smaller rank, are filled up with zeros."""
+    rank = max(down.shape[0] for down, _ in pairs.values())
     a = np.zeros((*shape[:-1], rank), np.float32)
     b = np.zeros((*shape[:-2], rank, shape[-1]), np.float32)
     for i, module in enumerate(_modules(row)):
@@ -162,7 +162,8 @@ def _stack(row: Row, shape: tuple[int, ...], pairs: Mapping[str, tuple], path: A
 
 
 def read_file(path: str | os.PathLike, rows: Sequence[Row], abstract_params: Any) -> dict[str, Any]:
-    """The factors of a file of adapters in diffusers' layout: a tree of `lora_a`, `lora_b` and `lora_scale` alone.
+    """The factors of a file of adapters in diffusers' layout: a tree of `lora_a`, `lora_b` and `lora_scale` alone, of
+    one rank and one scale.
 
     Args:
       path: of the file.
@@ -173,14 +174,15 @@ def read_file(path: str | os.PathLike, rows: Sequence[Row], abstract_params: Any
       UserError: not a safetensors file, tensors unknown to this model or of another shape, settings not supported.
     """
     path = on_disk(path, "A file of adapters")
-    settings, shapes = _settings(path), flat(abstract_params)
+    tensors, shapes = header(path), flat(abstract_params)
+    settings = _settings(path)
     layers = [(layer, row) for layer, row in _kernel_rows(rows) if row.layout is LINEAR]
-    pairs = _by_module(path, {module for _, row in layers for module in _modules(row)})
+    pairs = _by_module(path, tensors, {module for _, row in layers for module in _modules(row)})
     found = {}
     for layer, row in layers:
         if pairs.keys() & set(_modules(row)):
             shape = tuple(shapes[row.ours].shape)
             a, b = _stack(row, shape, pairs, path)
-            scale = np.full(shape[:-2], _scale(settings, a.shape[-1]), np.float32)
+            scale = np.full(shape[:-2], _scale(settings), np.float32)
             found |= {f"{layer}/{name}": leaf for name, leaf in zip((*TRAINED, SCALE), (a, b, scale))}
     return nested(found)
