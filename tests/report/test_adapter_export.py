@@ -90,7 +90,10 @@ def test_the_pipeline_in_pytorch_draws_the_same(place, tmp_path):
     assert lwd("export", workdir=place / "run", out=tmp_path / "merged") == 0
 
     def draw(folder, lora):
-        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, **without_text())
+        model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+            tmp_path / "merged", transformer=model, **without_text()
+        )
         pipe.set_progress_bar_config(disable=True)
         if lora:
             pipe.load_lora_weights(place, weight_name="lora.safetensors")
