@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lwd_jax.adapters.factors import is_factor
+from lwd_jax.adapters.factors import is_factor, trainable
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import from_json, to_json
 from lwd_jax.parallel.mesh import abstract_mesh, mesh_shape
@@ -100,9 +100,7 @@ def test_step_evaluates_by_shape_at_full_size(file):
 
 def formula(config, params) -> tuple[str, int, int]:
     """(what a docstring says of the bytes, all bytes, parameters that train), of parameters path -> number."""
-    trained = sum(
-        number for path, number in params.items() if not adapted(config) or path.endswith(("lora_a", "lora_b"))
-    )
+    trained = sum(params[path] for path in trainable(params))
     if not adapted(config):
         return f"({trained:,} parameters x {BYTES} bytes", trained * BYTES, trained
     frozen = sum(number for path, number in params.items() if not is_factor(path))

@@ -20,7 +20,7 @@ from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.train.state import merge
 from lwd_jax.weights.model import abstract_params
-from lwd_jax.weights.table import flat, nested
+from lwd_jax.weights.table import flat, foreign_names, nested
 
 LORA = Adapter(kind="lora", rank=3, alpha=5.0, targets=("q", "k", "v", "out", "text/up", "modulation", "text_proj"))
 MINOR = Adapter(kind="minor_components", rank=2)
@@ -97,6 +97,46 @@ def test_diffusers_loads_it_and_gives_the_same_output(folder, tmp_path, kind, ra
             for i in range(row.count):
                 name = row.foreign.replace("{i}", str(i))
                 np.testing.assert_allclose(found[i].T, weights[name].numpy(), atol=1e-6)
+
+
+def test_gradients_equal_those_of_peft(folder, tmp_path):
+    """Of sum(weight output): the factors of both, in PyTorch's names."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    names = [name.removesuffix(".weight") for row in ROWS if "/q/kernel" in row.ours for name in foreign_names(row)]
+    model = foreign(folder)
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=names))
+    model.save_lora_adapter(tmp_path, weight_name=FILE)
+    prefixed = {f"transformer.{name}": tensor for name, tensor in load_file(tmp_path / FILE).items()}
+    save_file(prefixed, tmp_path / FILE)
+    factors = read_file(tmp_path / FILE, ROWS, abstract_params(sd3.BACKBONE, SD3))
+    factors = jax.tree.map(jnp.asarray, factors)
+    z, t, cond = inputs()
+    weight = np.random.default_rng(9).standard_normal(z.shape).astype(np.float32)
+
+    arguments = (torch.from_numpy(x) for x in (z.transpose(0, 3, 1, 2).copy(), cond.tokens, cond.pooled, 1000 * t))
+    (model(*arguments).sample.permute(0, 2, 3, 1) * torch.from_numpy(weight)).sum().backward()
+    theirs = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+
+    def value(factors):
+        # PEFT's alpha / r, which its file does not say here.
+        scaled = {name: leaf * 5 / 3 if name.endswith("scale") else leaf for name, leaf in flat(factors).items()}
+        params = merge(backbone(0)[1], nested(scaled))
+        return jnp.sum(backbone(0)[0].apply({"params": params}, z, t, cond) * weight)
+
+    gradients = flat(jax.jit(jax.grad(value))(factors))
+    compared = 0
+    for row in ROWS:
+        layer = row.ours.removesuffix("/kernel")
+        for i, name in enumerate(foreign_names(row) if f"{layer}/lora_a" in gradients else ()):
+            for ours, kind in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                found = np.asarray(gradients[f"{layer}/{ours}"])[i if row.count else ...].T
+                expected = theirs[name.replace(".weight", f".{kind}.default.weight")].numpy()
+                if "add_q_proj" in name and not row.count:
+                    continue  # nobody reads what the text of the last block asks for
+                assert apart(found, expected) < 1e-4, name
+                compared += 1
+    assert compared == 2 * 5
 
 
 def test_what_diffusers_saves_is_read_back(folder, tmp_path):

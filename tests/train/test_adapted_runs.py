@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file
 from tiny_models import backbone, write_inputs
 
 from lwd_jax.adapters.factors import is_factor, merged, saved, trainable
+from lwd_jax.adapters.peft import FILE
 from lwd_jax.backbones import save_backbone
+from lwd_jax.cli import main
 from lwd_jax.config import load_config
 from lwd_jax.errors import UserError
 from lwd_jax.report.pipeline import open_models
@@ -120,6 +124,24 @@ def test_opened_is_the_base_with_the_factors(root, trained):
     half = flat(open_models(trained).backbone(**kinds)[1])
     assert half["joint_blocks/picture/q/kernel"].dtype == jnp.bfloat16
     assert half["joint_blocks/picture/q/lora_a"].dtype == jnp.float32
+
+
+def draw(models, out):
+    size = ("--resolution", "32", "--steps", "2", "--prompt", "a boat")
+    assert main(["sample", "--models", str(models), *size, "--out", str(out)]) == 0
+    with Image.open(out / "00000.png") as picture:
+        return np.asarray(picture).astype(int)
+
+
+def test_a_run_is_sampled_and_exported_with_its_adapters(root, trained, tmp_path):
+    """The workdir, and the pipeline with the adapters in its weights, draw the same; the base does not."""
+    assert main(["export", "--workdir", str(trained), "--out", str(tmp_path / "merged")]) == 0
+    assert main(["export", "--workdir", str(trained), "--out", str(tmp_path / "file"), "--form", "adapter"]) == 0
+    assert len(load_file(tmp_path / "file" / FILE)) == 2 * (3 * 4 + 2)
+    ours, again = draw(trained, tmp_path / "ours"), draw(tmp_path / "merged", tmp_path / "again")
+    assert np.abs(ours - again).max() <= 1
+    shutil.copytree(root / "transformer", tmp_path / "merged" / "transformer", dirs_exist_ok=True)
+    assert np.abs(ours - draw(tmp_path / "merged", tmp_path / "base")).max() > 1
 
 
 # ---------------------------------------------------------------------------------------------------------- resume
