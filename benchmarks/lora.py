@@ -2,7 +2,8 @@
 
 The same model, batch, loss, clipping and AdamW over a frozen base in --dtype, with adapters in float32. That both
 compute the same is a test's matter (tests/adapters/test_peft.py). Each side runs in a process of its own, so that its
-peak memory is its own: on a GPU what its allocator gave out, on a CPU what the process took beyond what it began with.
+peak memory is its own: on a GPU what its allocator gave out; on a CPU what XLA's program holds (the process held its
+compiler too), and what PyTorch's process took beyond what it began with.
 
     python benchmarks/lora.py                                               # a small model, on a CPU
     python benchmarks/lora.py --variant sd3-medium --depth 3 --batch 1      # few blocks of the true width, on a CPU
@@ -44,6 +45,7 @@ class PeftStep(TorchStep):
     """The step as one writes it with PEFT: a base that is cast and frozen, adapters in float32, autocast."""
 
     def __init__(self, args, config: sd3.Config, batch):
+        self.before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         super().__init__(args, config, batch)
         self.model.requires_grad_(False)
         self.model.to(getattr(torch, args.dtype))
@@ -63,8 +65,10 @@ class PeftStep(TorchStep):
     def step(self) -> None:
         super().step(masked=True)
 
-    def gpu_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated()
+    def peak_bytes(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before
 
 
 class JaxStep:
@@ -93,25 +97,22 @@ class JaxStep:
         self.state, metrics = self.compiled(self.state, self.batch, self.key)
         jax.block_until_ready((self.state, metrics))
 
-    def gpu_bytes(self) -> int:
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    def peak_bytes(self) -> int:
+        if jax.default_backend() == "gpu":
+            return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        memory = self.compiled.func.memory_analysis()
+        sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        return sizes - memory.alias_size_in_bytes
 
 
 SIDES = {"diffusers + PEFT": PeftStep, "JAX": JaxStep}
 
 
-def peak_rss() -> int:
-    """Bytes that this process has held at most."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def measured(args, config: sd3.Config) -> dict:
     """Seconds of each step, peak bytes and the number of trained parameters of one side, in this process."""
-    before = peak_rss()
     side = SIDES[args.side](args, config, random_batch(args, config))
     seconds = timed({"step": side.step}, args.repeats)["step"]
-    on_gpu = torch.cuda.is_available() if isinstance(side, PeftStep) else jax.default_backend() == "gpu"
-    return {"seconds": seconds, "bytes": side.gpu_bytes() if on_gpu else peak_rss() - before, "count": side.count()}
+    return {"seconds": seconds, "bytes": side.peak_bytes(), "count": side.count()}
 
 
 def report(args, config: sd3.Config, found: dict[str, dict]) -> None:
