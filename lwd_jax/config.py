@@ -90,6 +90,19 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """Stage 2: low-rank adapters over a frozen backbone, which are all that trains (lwd_jax.adapters)."""
+
+    kind: str = "none"  # none: the backbone itself trains; lora, minor_components
+    rank: int = 16
+    targets: tuple[str, ...] = ("q", "k", "v", "out")  # ends of layer paths, regular expressions: "picture/q"
+    alpha: float = 16.0  # LoRA: the product counts alpha / rank
+    rank_stabilised: bool = False  # LoRA: alpha / sqrt(rank)
+    init: str = "gaussian"  # LoRA: the first factor is gaussian and the second zero; zero: the other way round
+    dropout: float = 0.0  # LoRA: of what the adapters see, in training
+
+
+@dataclass(frozen=True)
 class Mesh:
     """Devices per axis; -1 = what is left."""
 
@@ -135,6 +148,7 @@ class Config:
     matching: Matching = field(default_factory=Matching)
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    adapter: Adapter = field(default_factory=Adapter)
     mesh: Mesh = field(default_factory=Mesh)
     training: Training = field(default_factory=Training)
     sampling: Sampling = field(default_factory=Sampling)
@@ -150,12 +164,20 @@ _CHOICES = {
     "matching.shift_rule": ("none", "static", "dynamic"),
     "reconstruction.distance": ("l2", "l1"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
+    "adapter.kind": ("none", "lora", "minor_components"),
+    "adapter.init": ("gaussian", "zero"),
     "sampling.solver": ("euler", "heun"),
 }
 # What means nothing in a stage: another value than the default is a contradiction there.
 _UNUSED = {
-    1: ("matching", "sampling", "data.latents", "models.backbone", "training.preview_prompts"),
+    1: ("matching", "sampling", "adapter", "data.latents", "models.backbone", "training.preview_prompts"),
     2: ("reconstruction", "data.dataset", "data.flip"),
+}
+# What an adapter of a kind does not read, likewise.
+_UNUSED_OF_ADAPTER = {
+    "none": ("rank", "targets", "alpha", "rank_stabilised", "init", "dropout"),
+    "lora": (),
+    "minor_components": ("alpha", "rank_stabilised", "init", "dropout"),
 }
 _DEFAULTS = Config()
 _INF = math.inf
@@ -179,6 +201,8 @@ _RANGES = {  # field -> (lowest, highest, bounds are excluded)
     "optimizer.clip": (0, _INF, False),
     "optimizer.warmup": (0, _INF, False),
     "optimizer.accumulate": (1, _INF, False),
+    "adapter.rank": (1, _INF, False),
+    "adapter.alpha": (0, _INF, True),
     "training.steps": (1, _INF, False),
     "training.log_every": (1, _INF, False),
     "training.save_every": (1, _INF, False),
@@ -223,6 +247,15 @@ def _get(config: Config, dotted: str):
     return value
 
 
+def _check_adapter(config: Config) -> None:
+    adapter = config.adapter
+    for name in _UNUSED_OF_ADAPTER[adapter.kind]:
+        if getattr(adapter, name) != getattr(_DEFAULTS.adapter, name):
+            raise UserError(f"Config 'adapter.{name}' has no effect with adapter.kind '{adapter.kind}'; remove it.")
+    if not adapter.targets:
+        raise UserError("Config field 'adapter.targets' names no layer to adapt.")
+
+
 def _check(config: Config) -> None:
     for name, choices in _CHOICES.items():
         value = _get(config, name)
@@ -232,8 +265,10 @@ def _check(config: Config) -> None:
     for name in _UNUSED[config.stage]:
         if _get(config, name) != _get(_DEFAULTS, name):
             raise UserError(f"Config '{name}' has no effect in stage {config.stage}; remove it.")
-    if not 0 <= config.training.ema < 1:
-        raise UserError(f"Config field 'training.ema' must lie in [0, 1), but it is {config.training.ema}.")
+    _check_adapter(config)
+    for name in ("training.ema", "adapter.dropout"):
+        if not 0 <= _get(config, name) < 1:
+            raise UserError(f"Config field '{name}' must lie in [0, 1), but it is {_get(config, name)}.")
     for name, (low, high, strict) in _RANGES.items():
         value = _get(config, name)
         if not low <= value <= high or (strict and value in (low, high)):

@@ -54,6 +54,14 @@ def test_config_dict_and_nested_values():
         ({"stage": 1, "reconstruction": {"scales": ("2",)}}, ["scales", "int"]),
         ({"stage": 1, "models": {"backbone": "sd3"}}, ["models.backbone", "stage 1"]),
         ({"stage": 2, "data": {"flip": False}}, ["data.flip", "stage 2"]),
+        ({"adapter": {"kind": "lara"}}, ["adapter.kind", "Did you mean 'lora'"]),
+        ({"adapter": {"kind": "lora", "ranks": 4}}, ["adapter.ranks", "Did you mean 'rank'"]),
+        ({"adapter": {"rank": 4}}, ["adapter.rank", "kind 'none'"]),
+        ({"adapter": {"kind": "minor_components", "alpha": 1.0}}, ["adapter.alpha", "minor_components"]),
+        ({"adapter": {"kind": "lora", "rank": 0}}, ["adapter.rank", "[1, "]),
+        ({"adapter": {"kind": "lora", "dropout": 1.0}}, ["adapter.dropout", "[0, 1)"]),
+        ({"adapter": {"kind": "lora", "targets": []}}, ["adapter.targets"]),
+        ({"stage": 1, "adapter": {"kind": "lora"}}, ["'adapter'", "stage 1"]),
     ],
 )
 def test_mistakes_are_one_sentence_that_names_the_field(values, words):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lwd_jax.adapters.factors import is_factor, trainable
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import from_json, to_json
 from lwd_jax.parallel.mesh import abstract_mesh, mesh_shape
@@ -26,6 +27,7 @@ FULL_SIZE = [file for file in FILES if not file.stem.startswith("quickstart")]
 SD3_TOKENS = 77 + 256  # CLIP and T5
 SLICE = re.compile(r"Slice: \S+ \((\d+) chips\)")
 BYTES = 16  # of one parameter: weight, two moments, average, in float32
+PRODIGY_BYTES = 20  # of one parameter that Prodigy trains: weight, two moments, gradient sum, start; no average
 
 
 def docstring(file: Path) -> str:
@@ -67,6 +69,7 @@ def test_there_are_configs():
     assert {"stage1_sd3_512", "stage1_sd3_1024"} <= set(names(FILES))
     assert {f"stage2_sd3_{px}" for px in (512, 1024, 2048, 4096)} <= set(names(FILES))
     assert {f"stage2_sd35_{size}_{px}" for size in ("medium", "large") for px in (1024, 2048)} <= set(names(FILES))
+    assert {f"stage2_sd3_lora_{px}" for px in (1024, 2048)} <= set(names(FILES))
 
 
 @pytest.mark.parametrize("file", FILES, ids=names(FILES))
@@ -95,16 +98,30 @@ def test_step_evaluates_by_shape_at_full_size(file):
     assert shapes[0] == shapes[1]
 
 
+def formula(config, params) -> tuple[str, int, int]:
+    """(what a docstring says of the bytes, all bytes, parameters that train), of parameters path -> number."""
+    trained = sum(params[path] for path in trainable(params))
+    if not adapted(config):
+        return f"({trained:,} parameters x {BYTES} bytes", trained * BYTES, trained
+    frozen = sum(number for path, number in params.items() if not is_factor(path))
+    said = f"({frozen:,} frozen parameters x 2 bytes, bfloat16, and {trained:,} that train x {PRODIGY_BYTES} bytes"
+    return said, 2 * frozen + PRODIGY_BYTES * trained, trained
+
+
+def adapted(config) -> bool:
+    return config.adapter.kind != "none"
+
+
 @pytest.mark.parametrize("file", FULL_SIZE, ids=names(FULL_SIZE))
 def test_state_has_the_bytes_that_the_docstring_tells(file):
     config, program, _ = evaluated(file)
     # The position table of SD3 is a buffer of the original model: it is not counted, does not train and has no moments.
-    count = sum(math.prod(leaf.shape) for path, leaf in flat(program.state.params).items() if "table" not in path)
+    params = {path: math.prod(leaf.shape) for path, leaf in flat(program.state.params).items() if "table" not in path}
     fsdp = program.state.step.sharding.mesh.shape["fsdp"]
-    formula = f"{count * BYTES / fsdp / 1e9:.1f} GB by formula ({count:,} parameters x {BYTES} bytes"
-    assert f"HBM per chip: state {formula}" in docstring(file)
+    said, whole, trained = formula(config, params)
+    assert f"HBM per chip: state {whole / fsdp / 1e9:.1f} GB by formula {said}" in docstring(file)
     if config.stage == 2:
-        assert f"gradients {count * 4 / fsdp / 1e9:.1f} GB" in docstring(file)
+        assert f"gradients {trained * 4 / fsdp / 1e9:.1f} GB" in docstring(file)
     real = sum(bytes_per_chip(leaf) for leaf in jax.tree.leaves(program.state))
     table = sum(bytes_per_chip(leaf) for path, leaf in flat(program.state.params).items() if "table" in path)
-    assert real - table == pytest.approx(count * BYTES / fsdp, rel=0.02)  # small parameters are whole on every chip
+    assert real - table == pytest.approx(whole / fsdp, rel=0.02)  # small parameters are whole on every chip

@@ -2,6 +2,7 @@
 
 from lwd_jax.backbones import sd3
 from lwd_jax.weights.model import Model, load, save
+from lwd_jax.weights.table import Row
 
 BACKBONES = {model.class_name: model for model in (sd3.BACKBONE,)}
 
@@ -21,6 +22,11 @@ def load_backbone(folder, **kinds):
 
 def _row(module) -> Model:
     return next(model for model in BACKBONES.values() if isinstance(module, model.build))
+
+
+def weights_of(module) -> list[Row]:
+    """The weights table of a backbone."""
+    return _row(module).rows(module.config)
 
 
 def extend_backbone(module, params, resolution: int):

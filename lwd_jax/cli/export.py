@@ -2,7 +2,7 @@
 
 import shlex
 
-from lwd_jax.report.export import DTYPES, export
+from lwd_jax.report.export import DTYPES, FORMS, export
 
 EXAMPLE = "lwd export --workdir runs/stage2 --out sd3-lwd-2k"
 
@@ -15,6 +15,12 @@ def arguments(parser):
     which.add_argument("--plain", action="store_true", help="the weights as they were last, not averaged")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the files (default %(default)s)")
     parser.add_argument("--autoencoder", default="", help="folder or workdir of another autoencoder than the run's")
+    parser.add_argument(
+        "--form", default="merged", choices=FORMS,
+        help="of a run of adapters: merged, a pipeline with the adapters in its weights (default); adapter, the "
+        "adapters alone as diffusers and PEFT read them; kohya, the same as kohya's scripts name them",
+    )  # fmt: skip
+    parser.add_argument("--base", default="", help="of a run of adapters: folder or workdir where its base is now")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
 
 
@@ -25,8 +31,13 @@ def run(args):
         ema=not args.plain,
         dtype=args.dtype,
         autoencoder=args.autoencoder,
+        base=args.base,
+        form=args.form,
         overwrite=args.overwrite,
     )
+    if args.form != "merged":
+        print(f"Exported the adapters to {out}. Next: its README.md shows how to use them in PyTorch.")
+        return
     has_backbone = (out / "transformer").is_dir()
     models = shlex.quote(str(out))
     sampling = f'lwd sample --models {models} --prompt "..." --out samples'

@@ -14,13 +14,18 @@ def arguments(parser):
     parser.add_argument("--models", required=True, help="diffusers folder: a pipeline, or one model")
     parser.add_argument("--workdir", required=True, help="folder to write: new, or empty")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=0, help="1: the autoencoder; 2: the backbone")
+    parser.add_argument(
+        "--adapter", default="", help="file of adapters over the backbone, as diffusers and PEFT save it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier workdir")
 
 
 def run(args):
-    config = import_models(args.models, args.workdir, stage=args.stage, overwrite=args.overwrite)
+    config = import_models(args.models, args.workdir, stage=args.stage, adapter=args.adapter, overwrite=args.overwrite)
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")
     name = f"{field} ({variant})" if variant else field
+    if args.adapter:
+        name = f"adapters and, by its place, their {name}"
     given = shlex.quote(f"--config.models.{field}={args.workdir}")
     print(f"Imported the {name} to {args.workdir}. Next: lwd train {given} ...")

@@ -38,6 +38,7 @@ def arguments(parser):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--plain", action="store_true", help="of a workdir, the last weights, not the averaged ones")
     parser.add_argument("--autoencoder", default="", help="folder or workdir to take the autoencoder from instead")
+    parser.add_argument("--base", default="", help="of a run of adapters: folder or workdir where its base is now")
     parser.add_argument("--text-models", default="", help="diffusers folder with text encoders, if --models has none")
     parser.add_argument("--latents", help="initial noise, .npy or .safetensors, [N, C, height/8, width/8]")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier samples in --out")
@@ -83,7 +84,7 @@ def _request(args, models) -> Request:
 
 def run(args):
     check_free(args.out, args.overwrite, INDEX)
-    models = open_given(args.models, plain=args.plain, autoencoder=args.autoencoder)
+    models = open_given(args.models, plain=args.plain, autoencoder=args.autoencoder, base=args.base)
     request = _request(args, models)
     encoder = text_encoder(models, args.text_models)
     print(f"Text: {encoder.notice}")

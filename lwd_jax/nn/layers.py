@@ -12,6 +12,10 @@ XAVIER = nn.initializers.xavier_uniform()
 ZEROS = nn.initializers.zeros
 NORMAL = nn.initializers.normal(0.02)
 
+# Leaves of an adapter beside a kernel [in, out]: a [in, r] and b [r, out] of the pair that trains, its scale [], and of
+# the pair that does not (see lwd_jax.adapters.factors).
+TRAINED, SCALE, FIXED = ("lora_a", "lora_b"), "lora_scale", ("fixed_a", "fixed_b")
+
 
 def precision_of(dtype) -> lax.Precision | None:
     """Of products whose operands are of this dtype. By default float32 operands would be rounded: to TF32 on a GPU, to
@@ -21,6 +25,9 @@ def precision_of(dtype) -> lax.Precision | None:
 
 class Dense(nn.Module):
     """y = x kernel + bias over the last axis; kernel [in, out].
+
+    Beside the kernel there may be an adapter (lwd_jax.adapters), leaves of the same tree: y += scale x a b, of which a
+    and b train, and y += x a b, of which nothing does. The products a b are never formed, nor a gradient of that size.
 
     Attributes:
       features: size of the output axis.
@@ -47,7 +54,31 @@ class Dense(nn.Module):
             precision=precision_of(self.dtype),
             preferred_element_type=out_dtype,
         )
-        return y + bias.astype(out_dtype)
+        y = y + bias.astype(out_dtype)
+        return y + self.adapter(x) if self.has_variable("params", SCALE) or self.has_variable("params", FIXED[0]) else y
+
+    def dropped(self, x):
+        """What the trained factors see of x: all of it, unless training drops a part (`adapters.dropout`)."""
+        return x
+
+    def adapter(self, x):
+        """What the factors beside the kernel add to y."""
+        seen, narrow, wide = x.astype(self.dtype), [], []
+        if self.has_variable("params", SCALE):
+            a, b, scale = (self.get_variable("params", name) for name in (*TRAINED, SCALE))
+            narrow.append(self._product(self.dropped(seen), a, self.dtype))
+            wide.append(scale * b)
+        if self.has_variable("params", FIXED[0]):
+            a, b = (self.get_variable("params", name) for name in FIXED)
+            narrow.append(self._product(seen, a, self.dtype))
+            wide.append(b)
+        # One sum over all columns: at the start of minor components they cancel in it before anything is rounded.
+        return self._product(jnp.concatenate(narrow, -1), jnp.concatenate(wide), self.out_dtype or self.dtype)
+
+    def _product(self, x, factor, out_dtype):
+        return jnp.matmul(
+            x, factor.astype(self.dtype), precision=precision_of(self.dtype), preferred_element_type=out_dtype
+        )
 
 
 class RMSNorm(nn.Module):

@@ -45,7 +45,7 @@ def stacked(block: type[nn.Module], count: int, remat: str) -> type[nn.Module]:
     return nn.scan(
         rematerialised(block, remat),
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=count,
     )

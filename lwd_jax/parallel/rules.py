@@ -27,18 +27,21 @@ class Rule(NamedTuple):
 
 
 # Dense kernels are [.., in, out]: `fsdp` splits one axis, `tensor` the axis that is made of heads or hidden units, so
-# that a pair (q k v -> out, up -> down) needs one sum over `tensor`. Convolutions are [kh, kw, in, out].
+# that a pair (q k v -> out, up -> down) needs one sum over `tensor`. Convolutions are [kh, kw, in, out]. Of the factors
+# of an adapter, [.., in, r] and [.., r, out], the long axis is split.
 _COLUMN = (("fsdp", "tensor"), ("fsdp", None), (None, "fsdp"))
 _ROW = (("tensor", "fsdp"), (None, "fsdp"), ("fsdp", None))
 _PLAIN = (("fsdp", None), (None, "fsdp"))
 _CONV = ((None, None, "fsdp", "tensor"), (None, None, "fsdp", None), (None, None, None, "fsdp"))
 RULES = (
-    Rule(r"(^|/)(bias|scale)$", ((),)),
+    Rule(r"(^|/)(bias|scale|lora_scale)$", ((),)),
     Rule(r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$", _PLAIN),
     Rule(r"(^|/)(\w+_)?(q|k|v|up|gate|modulation)/kernel$", _COLUMN),
     Rule(r"(^|/)(\w+_)?(out|down)/kernel$", _ROW),
     Rule(r"(^|/)[^/]*conv[^/]*/kernel$", _CONV),
     Rule(r"(^|/)kernel$", _PLAIN),
+    Rule(r"(^|/)(lora|fixed)_a$", (("fsdp", None), ())),
+    Rule(r"(^|/)(lora|fixed)_b$", ((None, "fsdp"), ())),
 )
 
 

@@ -48,6 +48,13 @@ def _figures(workdir: Path, manifest: dict) -> str:
     return f"{head}\n\n| figure | value |\n|---|---|\n{rows}"
 
 
+_ADAPTERS = {
+    "none": "",
+    "lora": ", LoRA of rank {rank} over a frozen base",
+    "minor_components": ", adapters of the {rank} minor components over a frozen base",
+}
+
+
 def _objective(config: dict) -> str:
     if config["stage"] == 1:
         terms = config["reconstruction"]
@@ -56,10 +63,11 @@ def _objective(config: dict) -> str:
             f"consistency weighted {terms['alpha']}, KL {terms['beta']}, LPIPS {terms['lpips']}."
         )
     matching = config["matching"]
+    what = _ADAPTERS[config["adapter"]["kind"]].format(**config["adapter"])
     if matching["mask"] == "everywhere":
-        return "Stage 2: flow matching without a mask (the baseline)."
+        return f"Stage 2{what}: flow matching without a mask (the baseline)."
     return (
-        f"Stage 2: flow matching under the wavelet mask `{matching['mask']}` ({matching['wavelet']}, floor "
+        f"Stage 2{what}: flow matching under the wavelet mask `{matching['mask']}` ({matching['wavelet']}, floor "
         f"{matching['floor']}, map of the {matching['source']} latent)."
     )
 
@@ -112,6 +120,16 @@ picture = pipe(
 ```"""
 
 
+_ADAPTERS_USE = """```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("BASE", torch_dtype=torch.{dtype})  # fill in: the base
+pipe.load_lora_weights(folder)
+```"""
+_KOHYA_USE = "For programs that read the names of kohya's scripts, such as ComfyUI; diffusers reads the other layout."
+
+
 # Where the text encoder has weights, they are the user's to name.
 _FILL_IN = """Set `text_folder` to the diffusers folder that holds them; it is checked that they are the same.
 """
@@ -122,6 +140,8 @@ _SET_FOLDER = """text_folder = "TEXT_FOLDER"  # fill in: a folder with text_enco
 def _use(manifest: dict, absent: list[str]) -> str:
     if manifest["stage"] == 1:
         return _AUTOENCODER_USE
+    if manifest["form"] != "merged":
+        return _ADAPTERS_USE.format(dtype=manifest["dtype"]) if manifest["form"] == "adapter" else _KOHYA_USE
     sampling, text = manifest["sampling"], manifest["text"]
     needs_folder = text.get("kind") != "hashed_words"
     return (_STATES_USE if "text_encoder" in absent else _PIPELINE_USE).format(

@@ -1,16 +1,21 @@
 """Between workdirs and diffusers folders: `export` writes what diffusers' pipeline reads, `import_models` reads it."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 
+import jax
 import jax.numpy as jnp
 from etils.epath import Path
 
+from lwd_jax.adapters.factors import merged, saved
+from lwd_jax.adapters.lora import settings_of
+from lwd_jax.adapters.peft import FILE, KOHYA_FILE, as_kohya, as_peft, read_file, write_file
 from lwd_jax.autoencoders import save_autoencoder
-from lwd_jax.backbones import extend_backbone, save_backbone
-from lwd_jax.config import Config, Models, Sampling, Training, to_json
+from lwd_jax.backbones import extend_backbone, save_backbone, weights_of
+from lwd_jax.config import Adapter, Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.files import locate
 from lwd_jax.report.card import write_card
@@ -19,7 +24,7 @@ from lwd_jax.report.staging import staged
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
 from lwd_jax.train.checkpoint import Checkpoints
-from lwd_jax.train.models import BACKBONE, MODEL_FILE, TRAINED, describe, open_model
+from lwd_jax.train.models import BACKBONE, MODEL_FILE, TRAINED, Kind, Opened, describe, open_model, read_description
 from lwd_jax.train.state import State
 from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.model import Model
@@ -28,6 +33,8 @@ INDEX = "model_index.json"
 PIPELINE = "StableDiffusion3Pipeline"
 DIFFUSERS_VERSION = "0.35.0"  # the release whose fields the files below have
 DTYPES = ("float32", "bfloat16", "float16")
+# What comes of a run of adapters: a pipeline with them in its weights, or a file of them alone.
+FORMS = {"merged": None, "adapter": (FILE, as_peft), "kohya": (KOHYA_FILE, as_kohya)}
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -82,7 +89,7 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, 
     fingerprints = {"autoencoder": fingerprint(params)}
     del params
     _, module, params, step = models.trained()
-    module, params = extend_backbone(module, params, models.config.resolution)
+    module, params = extend_backbone(module, merged(params), models.config.resolution)
     save_backbone(folder / "transformer", module, params, dtype=dtype)
     fingerprints["backbone"] = fingerprint(params)
     parts = {
@@ -95,6 +102,24 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, 
     return parts | _add_text(folder, models), fingerprints, step
 
 
+def _export_adapters(folder: Path, models: WorkdirModels, dtype, form: str) -> tuple[dict, dict, int]:
+    """The adapters of a run alone."""
+    name, layout = FORMS[form]
+    _, module, params, step = models.trained()
+    write_file(folder / name, weights_of(module), params, layout=layout, dtype=dtype)
+    base = read_description(models.path)["base"]["fingerprint"]
+    return {}, {"adapters": fingerprint(saved(params)), "their base": base}, step
+
+
+def _writer(models: WorkdirModels, form: str):
+    """What writes a form: (folder, models, dtype) -> (entries of model_index.json, fingerprints, step)."""
+    if choose(FORMS, form, "form of export") is None:
+        return _export_autoencoder if models.config.stage == 1 else _export_pipeline
+    if not models.has_adapters():
+        raise UserError(f"'{models.path}' trained no adapters that could be written as '{form}'.")
+    return functools.partial(_export_adapters, form=form)
+
+
 def export(
     workdir: str | os.PathLike,
     out: str | os.PathLike,
@@ -102,9 +127,11 @@ def export(
     ema: bool = True,
     dtype: str = "float32",
     autoencoder: str = "",
+    base: str = "",
+    form: str = "merged",
     overwrite: bool = False,
 ) -> Path:
-    """Writes a run's models as a diffusers folder with a model card; whole or not at all.
+    """Writes a run's models as a diffusers folder with a model card, or its adapters alone; whole or not at all.
 
     Stage 1 gives `vae/` alone, stage 2 a pipeline; text encoders come along where the models it started from had them.
     A position table that ends before the run's resolution is extended to it, because diffusers does not interpolate it.
@@ -115,26 +142,30 @@ def export(
       ema: the averaged weights, where the run kept an average; False: the plain ones.
       dtype: of the files, one of DTYPES.
       autoencoder: another folder or workdir to take the autoencoder of stage 2 from.
+      base: of a run of adapters, the folder or workdir where its base is now.
+      form: one of FORMS; all but "merged" are of runs of adapters.
       overwrite: replace an earlier export.
 
     Returns:
       The folder.
 
     Raises:
-      UserError: no workdir, no checkpoint, no autoencoder, or `out` is taken.
+      UserError: no workdir, no checkpoint, no autoencoder, another base than the adapters', or `out` is taken.
     """
-    models = open_models(workdir, ema=ema, autoencoder=autoencoder)
+    models = open_models(workdir, ema=ema, autoencoder=autoencoder, base=base)
     if not isinstance(models, WorkdirModels):
         raise UserError(f"{workdir} is a diffusers folder already; lwd export takes the workdir of a run.")
     if dtype not in DTYPES:
         raise UserError(f"Weights can be written as {', '.join(DTYPES)}, but not as {dtype}.")
     stage = models.config.stage
+    write = _writer(models, form)
     with staged(out, overwrite, MANIFEST) as folder:
-        write = _export_autoencoder if stage == 1 else _export_pipeline
         parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
-        _write_json(folder / INDEX, {"_class_name": PIPELINE, "_diffusers_version": DIFFUSERS_VERSION} | parts)
+        if parts:
+            _write_json(folder / INDEX, {"_class_name": PIPELINE, "_diffusers_version": DIFFUSERS_VERSION} | parts)
         manifest = {
             "stage": stage,
+            "form": form,
             "step": step,
             "weights": models.describe()["weights"],
             "dtype": dtype,
@@ -154,8 +185,21 @@ def _variant(model: Model, sizes) -> str:
     return next((name for name, known in model.variants.items() if known == sizes), "")
 
 
+def _read_adapters(kind: Kind, opened: Opened, file: str) -> tuple[dict, Adapter]:
+    """The factors in a file of adapters, and the config of a run that would have them."""
+    if kind is not BACKBONE:
+        raise UserError("Adapters are of a backbone, but an autoencoder was to be imported.")
+    factors = read_file(file, weights_of(opened.module), opened.abstract())
+    return jax.tree.map(jnp.asarray, factors), settings_of(factors)
+
+
 def import_models(
-    folder: str | os.PathLike, workdir: str | os.PathLike, *, stage: int = 0, overwrite: bool = False
+    folder: str | os.PathLike,
+    workdir: str | os.PathLike,
+    *,
+    stage: int = 0,
+    adapter: str = "",
+    overwrite: bool = False,
 ) -> Config:
     """Makes a workdir whose checkpoint of step 0 holds the weights of a diffusers folder, which must cover the model.
 
@@ -163,13 +207,15 @@ def import_models(
       folder: a pipeline folder or that of one model.
       workdir: new or empty.
       stage: 1 takes the autoencoder, 2 the backbone (the autoencoder stays where it is); 0 = 2 if there is a backbone.
+      adapter: a file of adapters over the backbone, in diffusers' layout: they are what the checkpoint holds, and the
+        folder stays where it is as their base. "" = none.
       overwrite: replace an earlier workdir.
 
     Returns:
       The config of the workdir.
 
     Raises:
-      UserError: no such folder, missing, extra or misshaped weights, `workdir` is taken.
+      UserError: no such folder or file, missing, extra or misshaped weights, `workdir` is taken.
     """
     source = open_models(folder)
     if not isinstance(source, FolderModels):
@@ -183,6 +229,10 @@ def import_models(
         f"{kind.field}_variant": _variant(opened.model, opened.module.config),
     }
     settings = {"resolution": source.resolution(), "sampling": source.sampling()} if kind is BACKBONE else {}
+    params, extra = None, {}
+    if adapter:
+        params, settings["adapter"] = _read_adapters(kind, opened, adapter)
+        extra = {"base": {"path": path, "fingerprint": opened.fingerprint()}}
     # No average: there is nothing to continue here, only weights to start from.
     config = Config(
         name=f"import of {source.path.name}",
@@ -195,10 +245,10 @@ def import_models(
         zero = jnp.zeros((), jnp.int32)
         checkpoints = Checkpoints(target, keep=1)
         try:
-            checkpoints.save(State(zero, opened.params(), {}, {}, zero, zero), {}, config)
+            checkpoints.save(State(zero, params or opened.params(), {}, {}, zero, zero), {}, config)
             checkpoints.finish(0)
         finally:
             checkpoints.close()
-        (target / MODEL_FILE).write_text(describe(kind, opened, {}), encoding="utf-8")
+        (target / MODEL_FILE).write_text(describe(kind, opened, extra), encoding="utf-8")
         (target / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
     return config

@@ -60,7 +60,15 @@ def _read_scheduler(folder: Path) -> dict:
 
 
 def _read(
-    kind: Kind, path: Path, ema: bool, *, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", shardings=None
+    kind: Kind,
+    path: Path,
+    ema: bool,
+    base: str = "",
+    *,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat="none",
+    shardings=None,
 ):
     """(module, params) of a folder or workdir.
 
@@ -68,10 +76,11 @@ def _read(
       kind: AUTOENCODER or BACKBONE.
       path: the folder.
       ema: of a workdir, the averaged parameters.
+      base: of a run of adapters, where its base is now; "" = where it was.
       dtype, param_dtype, remat: of the module.
       shardings: a function from the abstract parameters to layouts; None = the default device.
     """
-    opened = open_model(kind, str(path), "", ema=ema, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    opened = open_model(kind, str(path), "", ema=ema, base=base, dtype=dtype, param_dtype=param_dtype, remat=remat)
     return opened.module, opened.params(shardings)
 
 
@@ -157,19 +166,27 @@ class WorkdirModels:
       config: of the run.
       ema: whether to take the averaged weights of this workdir; those of earlier ones follow its config.
       other_autoencoder: a folder or workdir to take the autoencoder from, "" = the one the run used.
+      other_base: of a run of adapters, the folder or workdir where its base is now, "" = where it was.
     """
 
     path: Path
     config: Config
     ema: bool = True
     other_autoencoder: str = ""
+    other_base: str = ""
 
     def trained(self):
-        """(kind, module, params, step) of the model that this run trained, in float32."""
+        """(kind, module, params, step) of what this run trained, in float32; adapters stand beside the kernels."""
         kind = TRAINED[self.config.stage]
-        module = open_model(kind, str(self.path), "").module
+        opened = open_model(kind, str(self.path), "", ema=self.ema, base=self.other_base)
         params, _, step = read_params(self.path, self.ema)
-        return kind, module, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), step
+        if self.has_adapters():
+            params = opened.params()
+        return kind, opened.module, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), step
+
+    def has_adapters(self) -> bool:
+        """Whether the run trained adapters over a base."""
+        return self.config.adapter.kind != "none"
 
     def autoencoder(self, **options):
         """(module, params): the one this run trained (stage 1) or worked with (stage 2); options as of `_read`."""
@@ -188,7 +205,7 @@ class WorkdirModels:
         """(module, params): the one this run trained; a run of stage 1 has none. Options as of `_read`."""
         if self.config.stage == 1:
             raise UserError(f"The run in '{self.path}' is of stage 1: it has an autoencoder, but no backbone.")
-        return _read(BACKBONE, self.path, self.ema, **options)
+        return _read(BACKBONE, self.path, self.ema, self.other_base, **options)
 
     def describe(self) -> dict:
         """A JSON object that says what was opened."""
@@ -213,7 +230,8 @@ class WorkdirModels:
 
     def base(self):
         """The models that the run started from, or None where it started from random weights or they are gone."""
-        source = self.config.models.backbone if self.config.stage == 2 else self.config.models.autoencoder
+        named = self.config.models.backbone if self.config.stage == 2 else self.config.models.autoencoder
+        source = self.other_base or named
         return open_models(source) if source and locate(source).is_dir() else None
 
     def origin(self) -> Path | None:
@@ -227,7 +245,9 @@ class WorkdirModels:
         return base.text_folder() if base else None
 
 
-def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str = "") -> FolderModels | WorkdirModels:
+def open_models(
+    path: str | os.PathLike, *, ema: bool = True, autoencoder: str = "", base: str = ""
+) -> FolderModels | WorkdirModels:
     """The models of a diffusers folder or of a workdir; nothing is read yet.
 
     Args:
@@ -235,15 +255,21 @@ def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str =
       ema: of a workdir, the averaged weights.
       autoencoder: another folder or workdir to take the autoencoder from; "" = the folder's own, or the one that the
         run used.
+      base: of a run of adapters, the folder or workdir where its base is now; "" = where it was.
 
     Raises:
-      UserError: there is no such folder, or it is neither.
+      UserError: there is no such folder, or it is neither; or a base for what is no run of adapters.
     """
     path = locate(path)
     if not path.is_dir():
         raise UserError(f"There is no folder '{path}'.")
     if is_workdir(path):
-        return WorkdirModels(path, read_run(path), ema, autoencoder)
+        run = WorkdirModels(path, read_run(path), ema, autoencoder, base)
+        if base and not run.has_adapters():
+            raise UserError(f"'{path}' trained no adapters: it needs no base.")
+        return run
+    if base:
+        raise UserError(f"'{path}' is no run of adapters: it needs no base.")
     if any((path / name).is_file() for name in ("model_index.json", "config.json")):
         return FolderModels(path, other_autoencoder=autoencoder)
     raise UserError(f"'{path}' holds no models: it is neither a diffusers folder nor a workdir.")

@@ -1,7 +1,7 @@
 """Checkpoints: the complete state, the data position and the resolved config, saved by Orbax in the background.
 
-`workdir/checkpoints/<step>/` holds the items `params`, `ema` (if there is one), `rest` (optimizer, counters) and `run`
-(JSON).
+`workdir/checkpoints/<step>/` holds the items `params` (of a run of adapters: these alone), `ema` (if there is one),
+`rest` (optimizer, counters) and `run` (JSON).
 Orbax commits a step by renaming its folder (in a bucket: by a last file in it), so that a killed run leaves whole steps
 only; it does not see bit rot, and a full disk shows only when the save is waited for. So a checksum of every file is
 written into the committed step (MANIFEST) and compared before it is read, and `finish` waits and looks.
@@ -25,6 +25,7 @@ from etils.epath import Path
 from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
+from lwd_jax.adapters.factors import saved as saved_params
 from lwd_jax.errors import UserError, read_json
 from lwd_jax.files import absolute, checksum, files_in, locate, write_whole
 from lwd_jax.train.state import State
@@ -133,7 +134,9 @@ def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
     old, new = _fields(configs.from_json(saved)), _fields(config)
     for name in sorted(new):
         bound = name == "training.steps" and config.optimizer.schedule != "constant"
-        if old[name] != new[name] and (bound or not HARMLESS.match(name)):
+        # The base of adapters may have moved: its fingerprint says that it is the same.
+        moved = name == "models.backbone" and config.adapter.kind != "none"
+        if old[name] != new[name] and (bound or not (moved or HARMLESS.match(name))):
             raise UserError(
                 f"The run in {where} was started with {name} = {old[name]!r}, but the config now says {new[name]!r}; "
                 "use a new --workdir for another run."
@@ -193,7 +196,7 @@ class Checkpoints:
             return
         self.seal(wait=True)
         items = {
-            "params": ocp.args.StandardSave(state.params),
+            "params": ocp.args.StandardSave(saved_params(state.params)),
             "rest": ocp.args.StandardSave(_rest(state)),
             "run": ocp.args.JsonSave({"config": dataclasses.asdict(config), "data": data, "versions": _versions()}),
         }
@@ -243,7 +246,7 @@ class Checkpoints:
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def restore(self, abstract: State, config: configs.Config) -> Restored:
-        """The newest sound step, on the mesh and with the layouts of `abstract`.
+        """The newest sound step, on the mesh and with the layouts of `abstract`; of adapters without their base.
 
         A damaged step is named in a warning and put aside into `damaged/`, and the one before it is used.
 
@@ -277,9 +280,10 @@ class Checkpoints:
         where = self.folder / str(step)
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         check_same_run(run["config"], config, self.folder.parent)
-        _check_arrays(self._manager.item_metadata(step).params.tree, abstract.params, where)
+        params = saved_params(abstract.params)
+        _check_arrays(self._manager.item_metadata(step).params.tree, params, where)
         items = {
-            "params": ocp.args.StandardRestore(abstract.params),
+            "params": ocp.args.StandardRestore(params),
             "rest": ocp.args.StandardRestore(_rest(abstract)),
         }
         if keeps_average(config):

@@ -21,7 +21,7 @@ from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
 from lwd_jax.train.feed import Feed
 from lwd_jax.train.metrics import Window, Writer
-from lwd_jax.train.models import MODEL_FILE
+from lwd_jax.train.models import MODEL_FILE, check_same_base
 from lwd_jax.train.program import Program
 from lwd_jax.train.state import State, eval_params
 
@@ -187,6 +187,8 @@ def _first_state(program: Program, config: Config, params: Callable[[], Any] | N
 def _begin(program: Program, config: Config, workdir: Path, description: str, params, closing: contextlib.ExitStack):
     """(checkpoints, state, data position or None): of a new run, or of the newest checkpoint; the workdir is there."""
     saved = saved_steps(workdir)
+    if saved:
+        check_same_base(workdir, description)
     agree(str(saved), f"{workdir} does not hold the same checkpoints for all processes: they must share it.")
     # Weights that do not fit are a mistake to be told of before anything is written.
     state, position = (None if saved else _first_state(program, config, params)), None
@@ -196,6 +198,8 @@ def _begin(program: Program, config: Config, workdir: Path, description: str, pa
     closing.callback(checkpoints.close)
     if saved:
         state, position = checkpoints.restore(program.state, config)
+        if config.adapter.kind != "none":
+            state = program.complete(state, params())
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(to_json(config) + "\n")
         (workdir / MODEL_FILE).write_text(description)
@@ -268,7 +272,7 @@ def run(
       workdir: made if it is not there.
       mesh: the program's.
       description: of the model, written to the workdir as model.json.
-      params: reads the parameters to start from; not called on resuming; None = random ones.
+      params: reads the parameters to start from; on resuming called for the base of adapters alone; None = random ones.
       previews: called before the first step, every `preview_every` steps and after the last one.
 
     Raises:

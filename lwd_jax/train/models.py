@@ -4,6 +4,7 @@ A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes,
 2, whose latents it trains on; so it can be opened without the folder it was started from.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -14,13 +15,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lwd_jax import config as configs
+from lwd_jax.adapters import attach
+from lwd_jax.adapters.factors import frozen
 from lwd_jax.autoencoders import AUTOENCODERS
 from lwd_jax.backbones import BACKBONES
 from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.files import locate
 from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
+from lwd_jax.train.state import merge
+from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.folder import read_config as read_foreign
-from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load
+from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load, unread
 
 MODEL_FILE = "model.json"
 
@@ -48,19 +53,30 @@ class Opened(NamedTuple):
       model: the row of the table.
       module: with config, dtype, param_dtype and remat set.
       params: `params(shardings=None)` reads them (a function from the abstract tree to layouts); None = random ones are
-        meant.
+        meant. Those of a run of adapters come with the adapters beside the kernels of their base.
+      fingerprint: () -> that of their float32 values, which are read once more for it; None where params is.
+      adapters: the config of the adapters among them, the first of a chain of runs first.
     """
 
     model: Model
     module: nn.Module
     params: Callable | None
+    fingerprint: Callable[[], str] | None = None
+    adapters: tuple[configs.Adapter, ...] = ()
 
     def init(self, key: jax.Array) -> Any:
         """Random parameters."""
         return init_params(self.model, self.module.config, key, self.module.param_dtype)
 
+    def init_frozen(self, key: jax.Array) -> Any:
+        """Random parameters with the shapes of those that are read, no adapter left to train."""
+        params = self.init(key)
+        for adapter in self.adapters:
+            params = frozen(attach(params, key, adapter))
+        return params
+
     def abstract(self) -> Any:
-        """Shapes and dtypes of the parameters."""
+        """Shapes and dtypes of the parameters, adapters left out."""
         return abstract_params(self.model, self.module.config, self.module.param_dtype)
 
 
@@ -99,12 +115,59 @@ def read_description(workdir: str | os.PathLike) -> dict:
     return read_json(file)
 
 
-def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:
+def check_same_base(workdir: str | os.PathLike, description: str) -> None:
+    """Refuses to continue a run of adapters over another base than the one they were trained over.
+
+    Args:
+      workdir: of the run.
+      description: the MODEL_FILE that it would have now.
+
+    Raises:
+      UserError: with both fingerprints.
+    """
+    before, now = read_description(workdir), json.loads(description).get("base")
+    if now and "base" in before:
+        _check_base(workdir, before, now["path"], now["fingerprint"])
+
+
+def _check_base(workdir: str | os.PathLike, described: dict, path: str, found: str) -> None:
+    trained = described["base"]["fingerprint"]
+    if trained != found:
+        raise UserError(
+            f"The adapters of {workdir} were trained over another base: its fingerprint is {trained[:16]}, that of "
+            f"{path} is {found[:16]}."
+        )
+
+
+def _from_adapters(kind: Kind, path: str, described: dict, ema: bool, other_base: str, build: dict) -> Opened:
+    """The model of a run of adapters: its base, which is checked to be the one they were trained over, and they."""
+    config = read_config(path)
+    named = other_base or config.models.backbone
+    if not locate(named).is_dir():
+        raise UserError(f"The base of the adapters of '{path}', '{named}', is gone; name it with --base.")
+    base = open_model(kind, named, "", ema=config.models.ema, **build)
+
+    def factors(shardings=None):
+        return read_params(path, ema, shardings=shardings)[0]
+
+    def params(shardings=None):
+        _check_base(path, described, named, base.fingerprint())
+        return merge(frozen(base.params(shardings)), factors(shardings))
+
+    def both() -> str:
+        return hashlib.sha256(f"{base.fingerprint()} {fingerprint(factors())}".encode()).hexdigest()
+
+    return base._replace(params=params, fingerprint=both, adapters=(*base.adapters, config.adapter))
+
+
+def _from_workdir(kind: Kind, path: str, ema: bool, other_base: str, build: dict) -> Opened:
     described = read_description(path)
     if described["kind"] != kind.field:
         if kind is AUTOENCODER:  # a stage-2 run: the autoencoder it was trained with
             return open_model(kind, read_config(path).models.autoencoder, "", ema=ema, **build)
         raise UserError(f"{path} is the workdir of an {described['kind']}, but a {kind.field} was expected.")
+    if "base" in described:
+        return _from_adapters(kind, path, described, ema, other_base, build)
     model = choose(kind.models, described["model"]["_class_name"], "model class")
     module = model.build(model.from_foreign(described["model"]), **build)
 
@@ -113,7 +176,7 @@ def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:
         wanted = abstract_params(model, module.config, module.param_dtype)
         return read_params(path, ema, shardings=shardings, like=wanted)[0]
 
-    return Opened(model, module, params)
+    return Opened(model, module, params, lambda: fingerprint(read_params(path, ema)[0]))
 
 
 def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
@@ -126,7 +189,10 @@ def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
     def params(shardings=None):
         return load(kind.models, path, subfolder=kind.subfolder, shardings=shardings, **build)[1]
 
-    return Opened(model, model.build(model.from_foreign(foreign), **build), params)
+    def print_of() -> str:
+        return fingerprint(unread(kind.models, path, subfolder=kind.subfolder))
+
+    return Opened(model, model.build(model.from_foreign(foreign), **build), params, print_of)
 
 
 def open_model(
@@ -135,6 +201,7 @@ def open_model(
     variant: str,
     *,
     ema: bool = True,
+    base: str = "",
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     remat: str = "none",
@@ -146,6 +213,7 @@ def open_model(
       path: a diffusers folder (of the model or of a pipeline), a workdir, or "" for random parameters of `variant`.
       variant: what a path must hold; "" = anything.
       ema: of a workdir, the averaged parameters.
+      base: of a run of adapters, where its base is now; "" = where it was.
       dtype: of matrix products and activations.
       param_dtype: of the parameters.
       remat: the module's remat policy.
@@ -157,7 +225,7 @@ def open_model(
     if not path:
         model, sizes = _row_of_variant(kind, variant)
         return Opened(model, model.build(sizes, **build), None)
-    opened = _from_workdir(kind, path, ema, build) if is_workdir(path) else _from_folder(kind, path, build)
+    opened = _from_workdir(kind, path, ema, base, build) if is_workdir(path) else _from_folder(kind, path, build)
     if variant:
         _check_variant(kind, path, variant, opened.model, opened.module.config)
     return opened

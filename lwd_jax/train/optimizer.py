@@ -25,6 +25,7 @@ DECAY = (
     (r"(^|/)(norm[^/]*|[^/]*_norm)/[^/]+$", False),
     (r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$", False),
     (r"(^|/)kernel$", True),
+    (r"(^|/)lora_[ab]$", True),
 )
 
 

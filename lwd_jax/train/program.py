@@ -10,6 +10,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
+from lwd_jax.adapters import attach
+from lwd_jax.adapters.dropout import dropout, streams
+from lwd_jax.adapters.factors import is_factor, trainable
 from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
@@ -19,9 +22,9 @@ from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import batch_shardings, replicated
 from lwd_jax.train.optimizer import make_optimizer, trainable_paths
-from lwd_jax.train.state import State, new_state, state_shardings
+from lwd_jax.train.state import State, merge, new_state, split, state_shardings
 from lwd_jax.train.step import Loss, keeps_average, make_step
-from lwd_jax.weights.table import flat
+from lwd_jax.weights.table import flat, nested
 
 _OUTPUT = (r"^decoder/norm_out/", r"^decoder/conv_out/")  # 3,715 parameters: the last mapping to a picture
 _TABLES = (r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$",)  # tables of sines, not parameters of the original
@@ -43,12 +46,15 @@ class Stage(NamedTuple):
         jax.tree_util.Partial that holds them: they are handed to the compiled step and are no constants of it.
       batch: name -> ShapeDtypeStruct, a batch at the config's resolution.
       frozen: path patterns that never train.
+      adapt: (parameters that were read, key) -> those that `init` has the shapes of; pure. With adapters it puts new
+        ones beside the kernels.
     """
 
     init: Callable
     loss: Loss
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen: tuple[str, ...]
+    adapt: Callable = lambda params, key: params
 
 
 class Step:
@@ -85,12 +91,14 @@ class Program(NamedTuple):
 
     Attributes:
       init: (key, params=None) -> State on the mesh; with random parameters, or with those given (consumed).
+      complete: (State, params) -> State on the mesh: what a checkpoint of adapters restored, over its base.
       step: (State, batch, key) -> (State, metrics), compiled once per batch shape; the state given is consumed.
       batch: ShapeDtypeStructs with shardings of a square batch; other buckets: `parallel.rules.batch_shardings`.
       state: the same of the state.
     """
 
     init: Callable
+    complete: Callable
     step: Callable
     batch: dict[str, jax.ShapeDtypeStruct]
     state: State
@@ -159,9 +167,12 @@ def backbone_stage(
         with jax.named_scope("draw"):
             z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
         cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
-        per_picture, metrics = matching_loss(
-            lambda z_t, t, cond: module.apply({"params": params}, z_t, t, cond), z0, cond, t, noise, matching
-        )
+
+        def predict(z_t, t, cond):
+            with dropout(config.adapter.dropout, keys):
+                return module.apply({"params": params}, z_t, t, cond, rngs=streams(config.adapter.dropout))
+
+        per_picture, metrics = matching_loss(predict, z0, cond, t, noise, matching)
         return per_picture.mean(), metrics
 
     size = config.data.batch_size
@@ -173,7 +184,18 @@ def backbone_stage(
         "pooled": (size, model.pooled_projection_dim),
     }
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    return Stage(init, loss, batch, never_trained(config))
+    return adapted(Stage(init, loss, batch, never_trained(config)), config)
+
+
+def adapted(stage: Stage, config: Config) -> Stage:
+    """The stage with the adapters of the config beside the kernels; as it is where there are none."""
+    if config.adapter.kind == "none":
+        return stage
+
+    def adapt(params, key):
+        return attach(params, key, config.adapter)
+
+    return stage._replace(init=lambda key: adapt(stage.init(key), key), adapt=adapt)
 
 
 # ------------------------------------------------------------------------------------------------------ program
@@ -205,7 +227,7 @@ def _with_shardings(abstract: Any, shardings: Any) -> Any:
 
 def trained_paths(stage: Stage, config: Config, abstract_params: Any) -> frozenset[str]:
     """The paths of the parameters that this run trains."""
-    return trainable_paths(flat(abstract_params), config.optimizer, stage.frozen)
+    return trainable_paths(trainable(flat(abstract_params)), config.optimizer, stage.frozen)
 
 
 def _start(config: Config, trained: frozenset[str]) -> Callable:
@@ -237,10 +259,23 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
     abstract = jax.eval_shape(start, abstract_params)
     shardings = state_shardings(abstract, mesh)
     from_key = jax.jit(lambda key: start(stage.init(key)), out_shardings=shardings)
-    from_params = jax.jit(start, out_shardings=shardings, donate_argnums=0)
+    # Fixed factors of earlier adapters may be joined by others: their memory is not the new ones'.
+    from_params = jax.jit(
+        lambda base, factors, key: start(stage.adapt(merge(base, factors), key)),
+        out_shardings=shardings,
+        donate_argnums=0,
+    )
+    layouts = flat(shardings.params)
+    factors = frozenset(filter(is_factor, layouts))
+
+    def place(params):
+        return jax.device_put(params, nested({path: layouts[path] for path in flat(params)}))
 
     def init(key, params=None):
-        return from_key(key) if params is None else from_params(jax.device_put(params, shardings.params))
+        return from_key(key) if params is None else from_params(*reversed(split(place(params), factors)), key)
+
+    def complete(state, params):
+        return state._replace(params=merge(place(params), state.params))
 
     step = jax.jit(
         make_step(trained, config),
@@ -250,6 +285,7 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
     )
     return Program(
         init=init,
+        complete=complete,
         step=Step(step, stage.loss, mesh),
         batch=_with_shardings(stage.batch, batch_shardings(stage.batch, mesh)),
         state=_with_shardings(abstract, shardings),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from lwd_jax.adapters.factors import frozen, merged
 from lwd_jax.autoencoders.kl import Posterior, scale
 from lwd_jax.config import Config
 from lwd_jax.data.batches import Batches, make_batches
@@ -64,7 +65,8 @@ def stage_of(config: Config, opened: Opened, autoencoder: Any, tokens: int, perc
             f"The backbone reads latents of {opened.module.config.in_channels} channels, but the autoencoder makes "
             f"{autoencoder.latent_channels}."
         )
-    return backbone_stage(config, opened.module, opened.init, functools.partial(scale, autoencoder), latent, tokens)
+    init = opened.init if config.adapter.kind == "none" else opened.init_frozen
+    return backbone_stage(config, opened.module, init, functools.partial(scale, autoencoder), latent, tokens)
 
 
 def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
@@ -120,6 +122,15 @@ def check_objective(config: Config, latent_channels: int, factor: int, shapes: l
         jax.eval_shape({1: stage1, 2: stage2}[config.stage], picture, key)
 
 
+def _reader(config: Config, opened: Opened, mesh: Mesh) -> Callable[[], Any] | None:
+    """What reads the parameters to start from onto the mesh: under new adapters those of earlier runs stay beside their
+    kernels, otherwise they are merged into them. None = random parameters."""
+    if opened.params is None:
+        return None
+    simplify = merged if config.adapter.kind == "none" else frozen
+    return lambda: simplify(opened.params(functools.partial(param_shardings, mesh=mesh)))
+
+
 def make_setup(config: Config, devices=None) -> Setup:
     """Opens and checks everything a run needs, before anything is written.
 
@@ -128,6 +139,8 @@ def make_setup(config: Config, devices=None) -> Setup:
     """
     mesh = make_mesh(config.mesh, devices)
     opened = open_trained(config)
+    if config.adapter.kind != "none" and opened.params is None:
+        raise UserError("Adapters train over a base that they are kept apart from: set models.backbone to its folder.")
     autoencoder, perceptual, sizes, tokens, extra = None, None, None, 0, {}
     if config.stage == 2:
         latents, autoencoder = _checked_latents(config, opened)
@@ -136,12 +149,11 @@ def make_setup(config: Config, devices=None) -> Setup:
     elif config.reconstruction.lpips:
         perceptual = load_lpips()
     program = build_program(config, mesh, stage_of(config, opened, sizes, tokens, perceptual))
-    params = None
-    if opened.params is not None:
-        params = functools.partial(opened.params, functools.partial(param_shardings, mesh=mesh))
+    if config.adapter.kind != "none":
+        extra["base"] = {"path": config.models.backbone, "fingerprint": opened.fingerprint()}
     share = process_share(mesh)
     batches = make_batches(config, process_index=share.index, blocks=share.blocks)
     latent = opened.module.config if config.stage == 1 else sizes
     check_objective(config, latent.latent_channels, latent.factor, batches.shapes)
     description = describe(TRAINED[config.stage], opened, extra)
-    return Setup(mesh, program, opened, autoencoder, params, batches, description)
+    return Setup(mesh, program, opened, autoencoder, _reader(config, opened, mesh), batches, description)

@@ -40,7 +40,7 @@ class Stored(NamedTuple):
         return tensor if dtype is None else tensor.astype(dtype)
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. The library checks it, but accepts a name given twice; this does not."""
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
@@ -101,12 +101,12 @@ def _sharded(index: Path) -> dict[str, Stored]:
         if not (index.parent / shard).is_file():
             raise UserError(f"{index} names the shard {shard}, which is missing.")
     for shard in shards:
-        header = _header(index.parent / shard)
+        stored = header(index.parent / shard)
         expected = {name for name, file in place.items() if file == shard}
-        wrong = sorted(expected ^ set(header))
+        wrong = sorted(expected ^ set(stored))
         if wrong:
             raise UserError(f"{index} and its shard {shard} disagree about '{wrong[0]}' ({len(wrong)} in all).")
-        tensors |= header
+        tensors |= stored
     return tensors
 
 
@@ -115,7 +115,7 @@ class Tensors(Mapping):
 
     def __init__(self, folder: str | os.PathLike):
         path = _weights_file(on_disk(folder, "A diffusers folder"))
-        self._stored = _header(path) if path.suffix == ".safetensors" else _sharded(path)
+        self._stored = header(path) if path.suffix == ".safetensors" else _sharded(path)
 
     def __getitem__(self, name: str) -> Stored:
         return self._stored[name]

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from etils.epath import Path
 from flax import linen as nn
 
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, choose
 from lwd_jax.files import on_disk
 from lwd_jax.weights.folder import Tensors, read_config, write_folder
-from lwd_jax.weights.table import read, write
+from lwd_jax.weights.table import read, unread_params, write
 
 _INIT_RESOLUTION = 64  # px; parameter shapes do not depend on it
 
@@ -70,6 +70,19 @@ def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
     """The model's own folder: `folder`, or its `subfolder` where it is a whole pipeline's (has a model_index.json)."""
     folder = on_disk(folder, "A diffusers folder")
     return folder / subfolder if (folder / "model_index.json").is_file() else folder
+
+
+def unread(models: Mapping[str, Model], folder: str | os.PathLike, *, subfolder: str = "") -> Any:
+    """The parameters of a diffusers folder as leaves that np.asarray reads, one at a time, in float32.
+
+    Raises:
+      UserError: see `load`.
+    """
+    folder = find_folder(folder, subfolder)
+    foreign = read_config(folder)
+    model = choose(models, foreign.get("_class_name", ""), "model class")
+    config = model.from_foreign(foreign)
+    return unread_params(model.rows(config), Tensors(folder), abstract_params(model, config))
 
 
 def load(

@@ -46,9 +46,14 @@ def _run(row: Row, pattern: str) -> list[str]:
     return [pattern.replace("{i}", str(i)) for i in range(row.start, row.start + row.count)]
 
 
+def foreign_names(row: Row) -> list[str]:
+    """The foreign tensors of a row."""
+    return _run(row, row.foreign)
+
+
 def _names(row: Row, present: Mapping[str, Any]) -> list[str]:
     """The foreign names of a row, in its older spelling where only that one is present."""
-    names = _run(row, row.foreign)
+    names = foreign_names(row)
     if not row.older:
         return names
     return [old if old in present and name not in present else name for name, old in zip(names, _run(row, row.older))]
@@ -69,11 +74,13 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:_LISTED]) + more
 
 
-def _quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
+    """The first of the names, in quotes, and how many more there are."""
     return _listed([f"'{name}'" for name in names])
 
 
-def _tensors(count: int) -> str:
+def counted(count: int) -> str:
+    """So many tensors, in words."""
     return f"{count} tensor{'' if count == 1 else 's'}"
 
 
@@ -86,7 +93,7 @@ def _check_ours(rows: Sequence[Row], params: Mapping[str, Any]) -> None:
         ([path for path in claims if path not in params], "in the weights table, but not in the model"),
     ):
         if wrong:
-            raise UserError(f"Parameters are {what}: {_quoted(wrong)}.")
+            raise UserError(f"Parameters are {what}: {quoted(wrong)}.")
 
 
 def _expected(row: Row, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -112,13 +119,13 @@ def cover(rows: Sequence[Row], manifest: Mapping[str, tuple[int, ...]], abstract
     claims = Counter(name for row in rows for name in _names(row, manifest))
     twice = [name for name, times in claims.items() if times > 1]
     if twice:
-        raise UserError(f"{_tensors(len(twice))} claimed by more than one row of the weights table: {_quoted(twice)}.")
+        raise UserError(f"{counted(len(twice))} claimed by more than one row of the weights table: {quoted(twice)}.")
     missing = [name for name in claims if name not in manifest]
     if missing:
-        raise UserError(f"The checkpoint lacks {_tensors(len(missing))} of this model: {_quoted(missing)}.")
+        raise UserError(f"The checkpoint lacks {counted(len(missing))} of this model: {quoted(missing)}.")
     unclaimed = [name for name in manifest if name not in claims]
     if unclaimed:
-        raise UserError(f"The checkpoint has {_tensors(len(unclaimed))} unknown to this model: {_quoted(unclaimed)}.")
+        raise UserError(f"The checkpoint has {counted(len(unclaimed))} unknown to this model: {quoted(unclaimed)}.")
     misshaped = []
     for row in rows:
         expected = _expected(row, tuple(params[row.ours].shape))
@@ -127,11 +134,12 @@ def cover(rows: Sequence[Row], manifest: Mapping[str, tuple[int, ...]], abstract
                 wanted = expected if expected is not None else f"one of a stack of {row.count}"
                 misshaped.append(f"'{name}' is {tuple(manifest[name])}, not {wanted}")
     if misshaped:
-        count = _tensors(len(misshaped))
+        count = counted(len(misshaped))
         raise UserError(f"The checkpoint has {count} of another shape than this model: {_listed(misshaped)}.")
 
 
-def _check_dtypes(tensors: Mapping[str, Any]) -> None:
+def check_floats(tensors: Mapping[str, Any]) -> None:
+    """Raises UserError where a tensor is not of a floating-point type that weights may have."""
     wrong = [f"'{name}' ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if wrong:
         raise UserError(f"Weights must be float32, float16 or bfloat16, but the checkpoint has {_listed(wrong)}.")
@@ -152,6 +160,25 @@ def _place(host: np.ndarray, sharding) -> jax.Array:
     return jax.block_until_ready(jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]))
 
 
+class Unread(NamedTuple):
+    """A parameter of a foreign checkpoint. `np.asarray(unread)` reads it."""
+
+    row: Row
+    tensors: Mapping[str, Any]
+    shape: tuple[int, ...]
+
+    def __array__(self, dtype=None, copy=None):
+        return _gather(self.row, self.tensors, self.shape, np.float32 if dtype is None else dtype)
+
+
+def unread_params(rows: Sequence[Row], tensors: Mapping[str, Any], abstract_params):
+    """Our parameters as a nested dict of `Unread`; arguments and errors as of `read`."""
+    cover(rows, {name: tensor.shape for name, tensor in tensors.items()}, abstract_params)
+    check_floats(tensors)
+    params = flat(abstract_params)
+    return nested({row.ours: Unread(row, tensors, tuple(params[row.ours].shape)) for row in rows})
+
+
 def read(rows: Sequence[Row], tensors: Mapping[str, Any], abstract_params, *, shardings=None, dtype=None):
     """Our parameters, read from foreign tensors one parameter at a time.
 
@@ -169,7 +196,7 @@ def read(rows: Sequence[Row], tensors: Mapping[str, Any], abstract_params, *, sh
       UserError: see `cover`; also for tensors that are not floating point.
     """
     cover(rows, {name: tensor.shape for name, tensor in tensors.items()}, abstract_params)
-    _check_dtypes(tensors)
+    check_floats(tensors)
     params = flat(abstract_params)
     places = flat(shardings) if shardings is not None else dict.fromkeys(params)
     leaves = {}
@@ -192,6 +219,6 @@ def write(rows: Sequence[Row], params) -> Iterator[tuple[str, np.ndarray]]:
         leaf = leaves[row.ours]
         if _expected(row, tuple(leaf.shape)) is None:
             raise UserError(f"Parameter '{row.ours}' of shape {leaf.shape} should stack {row.count} tensors.")
-        for i, name in enumerate(_run(row, row.foreign)):
+        for i, name in enumerate(foreign_names(row)):
             tensor = np.asarray(leaf[i] if row.count else leaf)
             yield name, np.asarray(row.layout.to_foreign(tensor), order="C")

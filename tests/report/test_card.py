@@ -10,7 +10,8 @@ SAMPLING = {"solver": "euler", "steps": 3, "guidance": 2.0, "shift": 1.0}
 
 def code(kind, absent=TEXT_PARTS):
     text = {"kind": kind} if kind else {}
-    manifest = {"stage": 2, "dtype": "float32", "config": {"resolution": 64}, "sampling": SAMPLING, "text": text}
+    manifest = {"stage": 2, "form": "merged", "dtype": "float32", "config": {"resolution": 64}, "sampling": SAMPLING}
+    manifest["text"] = text
     return _use(manifest, list(absent))
 
 
