@@ -1,9 +1,9 @@
 """The denoising transformers: one file each, one line each in the table."""
 
-from lwd_jax.backbones import sd3
+from lwd_jax.backbones import flux, sd3
 from lwd_jax.weights.model import Model, load, save
 
-BACKBONES = {model.class_name: model for model in (sd3.BACKBONE,)}
+BACKBONES = {model.class_name: model for model in (sd3.BACKBONE, flux.BACKBONE)}
 
 
 def load_backbone(folder, **kinds):
