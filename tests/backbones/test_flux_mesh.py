@@ -35,7 +35,7 @@ def value(params, given):
     return jnp.mean(out * given[0]), out
 
 
-gradient = jax.jit(jax.grad(value, (0, 1), has_aux=True, allow_int=True))
+gradient = jax.jit(jax.grad(value, (0, 1), has_aux=True))
 
 
 @functools.cache
