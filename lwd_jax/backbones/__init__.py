@@ -23,6 +23,11 @@ def _row(module) -> Model:
     return next(model for model in BACKBONES.values() if isinstance(module, model.build))
 
 
+def class_of(module) -> str:
+    """diffusers' name of a backbone module's class."""
+    return _row(module).class_name
+
+
 def extend_backbone(module, params, resolution: int):
     """(module, params) that diffusers can run on pictures of `resolution` px too, once saved; see `Model.extended`."""
     config, params = _row(module).extended(module.config, params, resolution)

@@ -43,6 +43,10 @@ class Config:
 
     patch_size: ClassVar[int] = 2  # latent positions along each side of a token
     qk_norm: ClassVar[bool] = True
+    latent_factor: ClassVar[int] = LATENT_FACTOR
+    text_tokens: ClassVar[int] = TEXT_TOKENS
+    noise_levels: ClassVar[str] = "flux"  # a row of sample.schedule.GRIDS
+    resolution: ClassVar[int] = 1024  # the side in px of the square pictures it was made for
 
     in_channels: int = 16
     num_layers: int = 19  # blocks of two streams
@@ -59,6 +63,10 @@ class Config:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def blocks(self) -> int:
+        return self.num_layers + self.num_single_layers
 
 
 class Positions(NamedTuple):
@@ -172,21 +180,20 @@ class FLUX(nn.Module):
         config, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         patches, (height, width) = pack(z_t)
         length = patches.shape[1] + cond.tokens.shape[1]
-        kinds_of_blocks = kinds | {"logit_scale": logit_scale(config, length)}
+        of_blocks = kinds | {"logit_scale": logit_scale(config, length)}
 
         picture = constrain_tokens(Dense(config.width, name="patch_proj", **kinds)(patches))
         text, real = padded_text(Dense(config.width, name="text_proj", **kinds)(cond.tokens), axis_size("context"))
         text = constrain_tokens(text)
+        places = places_of(config, height, width)
+        order = Positions(unturned(text.shape[1], config.attention_head_dim), real)
         emb = embedding(config, self.param_dtype, t, cond)
-        positions = places_of(config, height, width), Positions(unturned(text.shape[1], config.attention_head_dim), real)
 
-        double = stacked(DoubleBlock, config.num_layers, self.remat)(config, name="double_blocks", **kinds_of_blocks)
-        (picture, text), _ = double((picture, text), emb, positions)
-        single = stacked(SingleBlock, config.num_single_layers, self.remat)(
-            config, name="single_blocks", **kinds_of_blocks
-        )
+        double = stacked(DoubleBlock, config.num_layers, self.remat)(config, name="double_blocks", **of_blocks)
+        (picture, text), _ = double((picture, text), emb, (places, order))
+        single = stacked(SingleBlock, config.num_single_layers, self.remat)(config, name="single_blocks", **of_blocks)
         tokens = constrain_tokens(join_tokens(text, picture))
-        tokens, _ = single(tokens, emb, joined_positions(*reversed(positions), batch=len(picture)))
+        tokens, _ = single(tokens, emb, joined_positions(order, places, batch=len(picture)))
         _, picture = split_tokens(tokens, text.shape[1], picture.shape[1])
 
         scale, shift = Modulation(2 * config.width, name="final_modulation", **kinds)(emb)

@@ -8,7 +8,7 @@ SD3Transformer2DModel.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 class Config:
     """Sizes, under diffusers' names."""
 
+    guidance_embeds: ClassVar[bool] = False  # it is told no guidance scale
+    latent_factor: ClassVar[int] = LATENT_FACTOR
+    text_tokens: ClassVar[int] = TEXT_TOKENS
+    noise_levels: ClassVar[str] = "sd3"  # a row of sample.schedule.GRIDS
+
     sample_size: int = 128  # latent side that the position table's unit is made for
     patch_size: int = 2
     in_channels: int = 16
@@ -53,6 +58,15 @@ class Config:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def blocks(self) -> int:
+        return self.num_layers
+
+    @property
+    def resolution(self) -> int:
+        """The side in px of the square pictures it was made for."""
+        return self.sample_size * LATENT_FACTOR
 
 
 class Block(nn.Module):
@@ -286,7 +300,9 @@ def _block_rows(config: Config, ours: str, start: int, count: int, dual: bool = 
     names |= {"ff.net.0.proj": "picture/up", "ff.net.2": "picture/down"}
     if not last:
         names |= {"ff_context.net.0.proj": "text/up", "ff_context.net.2": "text/down"}
-    return rows + [row for name, path in names.items() for row in linear_rows(f"{theirs}.{name}", f"{ours}/{path}", *where)]
+    return rows + [
+        row for name, path in names.items() for row in linear_rows(f"{theirs}.{name}", f"{ours}/{path}", *where)
+    ]
 
 
 def weights(config: Config) -> list[Row]:
@@ -294,7 +310,7 @@ def weights(config: Config) -> list[Row]:
     patch = config.patch_size
     rows = [
         Row("pos_embed.pos_embed", "position/table", POSITIONS),
-        Row("pos_embed.proj.weight", "patch_proj/kernel", conv_aslinear_rows(patch, patch)),
+        Row("pos_embed.proj.weight", "patch_proj/kernel", conv_as_linear(patch, patch)),
         Row("pos_embed.proj.bias", "patch_proj/bias"),
         *linear_rows("time_text_embed.timestep_embedder.linear_1", "time/up"),
         *linear_rows("time_text_embed.timestep_embedder.linear_2", "time/down"),

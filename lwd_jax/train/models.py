@@ -4,7 +4,9 @@ A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes,
 2, whose latents it trains on; so it can be opened without the folder it was started from.
 """
 
+import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,8 +39,14 @@ class Kind(NamedTuple):
 AUTOENCODER = Kind("autoencoder", AUTOENCODERS, "vae", 1)
 BACKBONE = Kind("backbone", BACKBONES, "transformer", 2)
 # Fields of a model's Config that change nothing here.
-_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ("pos_embed_max_size",)}
+_INERT = {
+    "autoencoder": ("sample_size", "force_upcast"),
+    "backbone": ("pos_embed_max_size", "ntk", "proportional_attention"),
+}
 TRAINED = {kind.stage: kind for kind in (AUTOENCODER, BACKBONE)}
+_POSITIONS = ("ntk", "proportional_attention")  # fields of config.models that are FLUX's own
+
+log = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
@@ -163,10 +171,32 @@ def open_model(
     return opened
 
 
+def _with_positions(models: configs.Models, opened: Opened) -> Opened:
+    """A backbone with the run's NTK and proportional attention, whatever it started with: its workdir says so of itself
+    (MODEL_FILE), so that it is sampled with what it was trained with.
+
+    Raises:
+      UserError: settings that mean nothing to this backbone.
+    """
+    sizes, plain = opened.module.config, configs.Models()
+    asked = {name: getattr(models, name) for name in _POSITIONS}
+    known = {field.name for field in dataclasses.fields(sizes)}
+    for name, value in asked.items():
+        if name not in known and value != getattr(plain, name):
+            raise UserError(
+                f"models.{name} is {value}, but a {opened.model.class_name} has no such setting; remove it."
+            )
+        if name in known and opened.params is not None and value != getattr(sizes, name):
+            start = getattr(sizes, name)
+            log.warning("This run trains with models.%s %s, but what it starts from has %s.", name, value, start)
+    changed = dataclasses.replace(sizes, **{name: value for name, value in asked.items() if name in known})
+    return opened._replace(module=opened.module.clone(config=changed))
+
+
 def open_trained(config: configs.Config) -> Opened:
-    """The model that this run trains, with the config's dtypes and remat policy."""
+    """The model that this run trains, with the config's dtypes, remat policy and, in stage 2, positions."""
     kind = TRAINED[config.stage]
-    return open_model(
+    opened = open_model(
         kind,
         getattr(config.models, kind.field),
         getattr(config.models, f"{kind.field}_variant"),
@@ -175,6 +205,7 @@ def open_trained(config: configs.Config) -> Opened:
         param_dtype=jnp.dtype(config.param_dtype),
         remat=config.remat,
     )
+    return _with_positions(config.models, opened) if kind is BACKBONE else opened
 
 
 def open_autoencoder(config: configs.Config) -> Opened:

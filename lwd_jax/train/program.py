@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
-from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts
@@ -158,7 +158,7 @@ def backbone_stage(
     def loss(params, batch, keys):
         with jax.named_scope("draw"):
             z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
-        cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
+        cond = told(Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"]), model, matching.guidance)
         per_picture, metrics = matching_loss(
             lambda z_t, t, cond: module.apply({"params": params}, z_t, t, cond), z0, cond, t, noise, matching
         )
