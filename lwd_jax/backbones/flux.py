@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lwd_jax.backbones.flux_original import as_diffusers, foreign_config
 from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.nn.attention import Tokens, attention, joint_attention
 from lwd_jax.nn.conditioning import Conditioning
@@ -427,6 +428,12 @@ def inputs(config: Config, resolution: int, batch: int) -> tuple:
     return array(side, side, config.in_channels), array(), cond
 
 
+def original(tensors: Mapping[str, Any]) -> tuple[Config, Mapping[str, Any]] | None:
+    """(config, tensors under diffusers' names) of a file in the original layout; None: it is another."""
+    foreign = foreign_config(tensors)
+    return None if foreign is None else (from_foreign(foreign), as_diffusers(tensors))
+
+
 BACKBONE = Model(
     class_name="FluxTransformer2DModel",
     variants=VARIANTS,
@@ -435,4 +442,5 @@ BACKBONE = Model(
     from_foreign=from_foreign,
     to_foreign=to_foreign,
     inputs=inputs,
+    original=original,
 )

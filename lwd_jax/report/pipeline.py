@@ -24,8 +24,8 @@ from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model, read_description
 from lwd_jax.train.optimizer import SCHEDULE_FREE
 from lwd_jax.train.step import keeps_average
-from lwd_jax.weights.folder import read_config
-from lwd_jax.weights.model import find_folder
+from lwd_jax.weights.folder import is_file, read_config
+from lwd_jax.weights.model import find, find_folder
 
 MANIFEST = "lwd.json"  # what `lwd export` writes beside model_index.json
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -144,8 +144,7 @@ class FolderModels:
 
     def _sizes(self) -> Any:
         """Config of the backbone."""
-        foreign = read_config(find_folder(self.path, BACKBONE.subfolder))
-        return BACKBONES[foreign["_class_name"]].from_foreign(foreign)
+        return find(BACKBONES, self.path, BACKBONE.subfolder)[1]
 
     def _usual_sampling(self) -> Sampling:
         """FLUX is distilled from guided sampling, schnell into 4 steps as well: no classifier-free guidance."""
@@ -163,6 +162,8 @@ class FolderModels:
         return self._holds(BACKBONE)
 
     def _holds(self, kind: Kind) -> bool:
+        if is_file(self.path):  # a backbone's, in its original layout
+            return kind is BACKBONE
         folder = find_folder(self.path, kind.subfolder)
         return (folder / "config.json").is_file() and read_config(folder).get("_class_name") in kind.models
 
@@ -275,7 +276,8 @@ def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str =
     """The models of a diffusers folder or of a workdir; nothing is read yet.
 
     Args:
-      path: a folder with model_index.json, the folder of one model, or a workdir with config.json and checkpoints/.
+      path: a folder with model_index.json, the folder of one model, a backbone's file in its original layout, or a
+        workdir with config.json and checkpoints/.
       ema: of a workdir, the averaged weights.
       autoencoder: another folder or workdir to take the autoencoder from; "" = the folder's own, or the one that the
         run used.
@@ -284,6 +286,8 @@ def open_models(path: str | os.PathLike, *, ema: bool = True, autoencoder: str =
       UserError: there is no such folder, or it is neither.
     """
     path = locate(path)
+    if is_file(path):
+        return FolderModels(path, other_autoencoder=autoencoder)
     if not path.is_dir():
         raise UserError(f"There is no folder '{path}'.")
     if is_workdir(path):

@@ -21,8 +21,7 @@ from lwd_jax.backbones import BACKBONES
 from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.files import locate
 from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
-from lwd_jax.weights.folder import read_config as read_foreign
-from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load
+from lwd_jax.weights.model import Model, abstract_params, find, init_params, load
 
 MODEL_FILE = "model.json"
 
@@ -125,16 +124,12 @@ def _from_workdir(kind: Kind, path: str, ema: bool, build: dict) -> Opened:
 
 
 def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
-    foreign = read_foreign(find_folder(path, kind.subfolder))
-    found = foreign.get("_class_name")
-    if found not in kind.models:
-        raise UserError(f"{path} holds a model of class {found}, but {' or '.join(kind.models)} was expected.")
-    model = kind.models[found]
+    model, sizes, _ = find(kind.models, path, kind.subfolder)
 
     def params(shardings=None):
         return load(kind.models, path, subfolder=kind.subfolder, shardings=shardings, **build)[1]
 
-    return Opened(model, model.build(model.from_foreign(foreign), **build), params)
+    return Opened(model, model.build(sizes, **build), params)
 
 
 def open_model(
@@ -151,7 +146,8 @@ def open_model(
 
     Args:
       kind: AUTOENCODER or BACKBONE.
-      path: a diffusers folder (of the model or of a pipeline), a workdir, or "" for random parameters of `variant`.
+      path: a diffusers folder (of the model or of a pipeline), a file in FLUX's original layout, a workdir, or "" for
+        random parameters of `variant`.
       variant: what a path must hold; "" = anything.
       ema: of a workdir, the averaged parameters.
       dtype: of matrix products and activations.
