@@ -65,6 +65,11 @@ def noise_levels(sampling: Sampling, sizes: Any, height: int, width: int) -> np.
       sampling: steps, shift_rule and shift.
       sizes: Config of the backbone.
       height, width: of the latent; a dynamic shift depends on it.
+
+    Raises:
+      UserError: a dynamic shift for a backbone that is not FLUX.
     """
+    if sampling.shift_rule == "dynamic" and sizes.noise_levels != "flux":
+        raise UserError("sampling.shift_rule 'dynamic' is FLUX's; this backbone is sampled with 'static'.")
     tokens = height * width // sizes.patch_size**2
     return GRIDS[sizes.noise_levels](sampling.steps, SHIFT_RULES[sampling.shift_rule](sampling, tokens))

@@ -1,10 +1,13 @@
 """Laws of FLUX's folders: what is exported loads in diffusers' FluxPipeline and draws the same, and back."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+from test_export import add_text_encoders
 from tiny_models import FLUX, random_params, write_pipeline, write_workdir
 
 from lwd_jax.backbones import flux
@@ -114,3 +117,45 @@ def test_another_dynamic_shift_is_refused(tmp_path):
     folder = write_pipeline(tmp_path / "model", sizes=FLUX, **DYNAMIC | {"max_shift": 1.3})
     with pytest.raises(UserError, match="max_shift to 1.3"):
         open_models(folder).sampling()
+
+
+def add_flux_text_encoders(folder):
+    """A CLIP and a T5 where FluxPipeline has them."""
+    transformers = pytest.importorskip("transformers")
+    add_text_encoders(folder)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / f"{part}_2")
+        (folder / f"{part}_3").rename(folder / f"{part}_2")
+    clip = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    shutil.rmtree(folder / "text_encoder")
+    clip.save_pretrained(folder / "text_encoder")
+    index = {"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "text_encoder_2": ["transformers", "T5EncoderModel"]}
+    index |= {"tokenizer_2": ["transformers", "T5TokenizerFast"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def test_text_encoders_come_along_and_the_pipeline_loads_whole(tmp_path):
+    """From a prompt: text states, shift, guidance and picture are FluxPipeline's own."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    sizes = dataclasses.replace(FLUX, pooled_projection_dim=8)
+    base = write_pipeline(tmp_path / "base", sizes=sizes)
+    add_flux_text_encoders(base)
+    models = {"autoencoder": str(base), "backbone": str(base)}
+    sampling = {"steps": 2, "guidance": 1.0, "shift_rule": "dynamic", "embedded_guidance": 3.0}
+    run = write_workdir(tmp_path / "run", 2, seed=5, sizes=sizes, models=models, sampling=sampling)
+    folder = export(run, tmp_path / "model")
+    pipe = diffusers.FluxPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(1).standard_normal((1, 6, 10, 4)).astype(np.float32)
+    with torch.no_grad():
+        packed = pipe._pack_latents(torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()), 1, 4, 6, 10)
+        theirs = pipe(
+            "a boat", latents=packed, height=48, width=80, num_inference_steps=2, guidance_scale=3.0, output_type="np"
+        ).images[0]
+    models = open_models(folder)
+    assert models.text() == {"kind": "flux"}
+    request = Request(("a boat",), 80, 48, models.sampling(), noise=noise)
+    (ours,) = sample_pictures(models, request, *encode_prompts(text_encoder(models), request))
+    assert np.abs(ours / 255.0 - theirs).max() <= 1 / 255

@@ -43,6 +43,11 @@ def test_the_backbone_says_which_grid():
     assert not np.array_equal(sigmas(28, 3.0), flux_sigmas(28, 3.0))
 
 
+def test_a_dynamic_shift_is_flux_own():
+    with pytest.raises(UserError, match="is FLUX's"):
+        noise_levels(Sampling(shift_rule="dynamic"), sd3.VARIANTS["tiny"], 8, 8)
+
+
 def test_ends_at_noise_and_data_and_falls():
     levels = sigmas(28, 3.0)
     assert levels[0] == 1 and levels[-1] == 0 and levels.dtype == np.float32

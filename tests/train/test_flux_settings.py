@@ -1,14 +1,18 @@
-"""Laws of a run's NTK and proportional attention: one place says them, and what differs from the start is told."""
+"""Laws of what a run tells FLUX besides the text: NTK and proportional attention, said in one place, and guidance."""
 
 import json
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
-from tiny_models import FLUX, write_pipeline
+from tiny_models import FLUX, KL, SD3, write_pipeline
 
 from lwd_jax.backbones import BACKBONES
 from lwd_jax.config import load_config
 from lwd_jax.errors import UserError
 from lwd_jax.train.models import BACKBONE, describe, open_trained
+from lwd_jax.train.setup import stage_of
 
 ASKED = {"ntk": (10.0, 4.0), "proportional_attention": True}
 
@@ -45,3 +49,34 @@ def test_factors_that_mean_nothing_are_refused(ntk):
 
 def test_whole_numbers_are_factors_too():
     assert opened(backbone_variant="flux-tiny", ntk=[10, 10]).module.config.ntk == (10.0, 10.0)
+
+
+def stage(sizes, guidance):
+    """(stage 2 of a module that does nothing, the conditionings that it was given)."""
+    given = []
+
+    def apply(variables, z_t, t, cond):
+        given.append(cond)
+        return z_t
+
+    run = load_config({"stage": 2, "resolution": 64, "data": {"batch_size": 3}, "matching": {"guidance": guidance}})
+    model = SimpleNamespace(class_name="SD3Transformer2DModel")
+    opened = SimpleNamespace(module=SimpleNamespace(config=sizes, apply=apply), init=None, model=model)
+    return stage_of(run, opened, KL, 9, None), given
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_training_tells_its_guidance(guidance):
+    made, given = stage(FLUX, guidance)
+    batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in made.batch.items()}
+    made.loss({}, batch, jax.random.split(jax.random.key(0), 3))
+    assert [cond.guidance.tolist() for cond in given] == [[guidance] * 3]
+
+
+def test_a_backbone_that_is_told_none_refuses_one():
+    made, given = stage(SD3, 1.0)
+    batch = {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in made.batch.items()}
+    made.loss({}, batch, jax.random.split(jax.random.key(0), 3))
+    assert given[0].guidance is None
+    with pytest.raises(UserError, match="matching.guidance is 3.5, but this SD3Transformer2DModel"):
+        stage(SD3, 3.5)
