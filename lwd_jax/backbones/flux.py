@@ -59,7 +59,7 @@ class Config:
     guidance_embeds: bool = True  # whether it is told a guidance scale: dev is, schnell is not
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)  # channels of a head that turn by index, row and column
     ntk: tuple[float, float] = (1.0, 1.0)  # factors of RoPE's base along rows and columns; URAE takes 10 at 4096 px
-    proportional_attention: bool = False  # softmax scale sqrt(log_4608(tokens) / d) (arXiv 2306.08645), 1 / sqrt(d)
+    proportional_attention: bool = False  # softmax scale sqrt(log_4608(tokens) / d) instead of 1 / sqrt(d)
 
     @property
     def width(self) -> int:

@@ -1,6 +1,5 @@
 """Laws of the FLUX backbone: it equals diffusers' FluxTransformer2DModel, at its sizes, through its folders."""
 
-import dataclasses
 import functools
 import json
 import math
@@ -25,10 +24,9 @@ FULL_SIZE = {  # variant -> manifest, parameters
     "flux-dev": ("flux_dev", 11_901_408_320),
     "flux-schnell": ("flux_schnell", 11_891_178_560),
 }
-CASES = {  # sizes, and the latent's: 5 x 3, 3 x 7 and 4 x 4 tokens
+CASES = {  # sizes, and the latent's: 5 x 3 and 3 x 7 tokens
     "dev, portrait": (DEV, (10, 6)),
     "schnell, landscape": (SCHNELL, (6, 14)),
-    "no single blocks but one": (dataclasses.replace(DEV, num_layers=3, num_single_layers=1), (8, 8)),
 }
 PORTRAIT = "dev, portrait"
 
