@@ -158,7 +158,7 @@ def _use(manifest: dict, absent: list[str]) -> str:
         fill_in=_FILL_IN if needs_folder else "",
         set_folder=_SET_FOLDER if needs_folder else "",
         text_folder=", text_folder" if needs_folder else "",
-        max_length=text.get("settings", {}).get("max_length", 256),  # 256 is the pipeline's own default
+        max_length=text.get("settings", {}).get("max_length", 512 if text.get("kind") == "flux" else 256),  # its own
         absent="".join(f", {part}=None" for part in absent),
     )
 
