@@ -22,7 +22,9 @@ class Models:
     autoencoder: str = ""
     autoencoder_variant: str = "sd3"  # a row of kl.VARIANTS; a folder must agree with it
     backbone: str = ""
-    backbone_variant: str = "sd3-medium"  # a row of backbones.sd3.VARIANTS; a folder must agree with it
+    backbone_variant: str = "sd3-medium"  # a row of VARIANTS of sd3 or flux; a folder must agree with it
+    ntk: tuple[float, ...] = (1.0, 1.0)  # FLUX: factors of RoPE's base along rows and columns; URAE takes 10 at 4096 px
+    proportional_attention: bool = False  # FLUX: logits times sqrt(log_4608(tokens)), tokens of picture and text
     ema: bool = True  # of a workdir, take the averaged weights
 
 
@@ -56,6 +58,7 @@ class Matching:
     weighting: str = "none"  # none, sigma_sqrt, cosmap
     shift_rule: str = "static"  # none, static, dynamic (FLUX)
     shift: float = 3.0
+    guidance: float = 1.0  # told to guidance-distilled backbones (FLUX.1-dev); URAE found 1 decisive
     time_bins: int = 5  # for the metrics
     caption_dropout: float = 0.1
 
@@ -132,6 +135,8 @@ class Sampling:
     steps: int = 28
     guidance: float = 5.0  # classifier-free guidance scale; 1 = off
     shift: float = 3.0
+    shift_rule: str = "static"  # static, dynamic (FLUX)
+    embedded_guidance: float = 3.5  # told to guidance-distilled backbones (FLUX.1-dev)
 
 
 @dataclass(frozen=True)
@@ -167,10 +172,20 @@ _CHOICES = {
     "adapter.kind": ("none", "lora", "minor_components"),
     "adapter.init": ("gaussian", "zero"),
     "sampling.solver": ("euler", "heun"),
+    "sampling.shift_rule": ("static", "dynamic"),
 }
 # What means nothing in a stage: another value than the default is a contradiction there.
 _UNUSED = {
-    1: ("matching", "sampling", "adapter", "data.latents", "models.backbone", "training.preview_prompts"),
+    1: (
+        "matching",
+        "sampling",
+        "adapter",
+        "data.latents",
+        "models.backbone",
+        "models.ntk",
+        "models.proportional_attention",
+        "training.preview_prompts",
+    ),
     2: ("reconstruction", "data.dataset", "data.flip"),
 }
 # What an adapter of a kind does not read, likewise.
@@ -229,7 +244,8 @@ def _convert(spec: dataclasses.Field, value: Any, name: str):
             raise UserError(f"Config field '{name}' is a section of fields, but {value!r} was given.")
         return _build(type(default), value, f"{name}.")
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        kind = int if spec.type == tuple[int, ...] else str
+        kind = {tuple[int, ...]: int, tuple[float, ...]: float}.get(spec.type, str)
+        value = [float(part) if kind is float and type(part) is int else part for part in value]
         if wrong := next((part for part in value if type(part) is not kind), None):
             raise UserError(f"Config field '{name}' holds values of type {kind.__name__}, but {wrong!r} was given.")
         return tuple(value)
@@ -285,6 +301,8 @@ def _check(config: Config) -> None:
         raise UserError("reconstruction.alpha is not 0, but reconstruction.scales names no scale to draw.")
     if any(scale < 2 for scale in config.reconstruction.scales):
         raise UserError(f"Every one of reconstruction.scales must be at least 2, not {config.reconstruction.scales}.")
+    if len(config.models.ntk) != 2 or min(config.models.ntk) <= 0:
+        raise UserError(f"models.ntk must be two positive factors, of rows and columns, not {config.models.ntk}.")
     if list(vars(config.mesh).values()).count(-1) > 1:
         raise UserError("Only one axis of 'mesh' can be -1 (what is left).")
 

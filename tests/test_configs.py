@@ -24,7 +24,6 @@ FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
 FULL_SIZE = [file for file in FILES if not file.stem.startswith("quickstart")]
 
-SD3_TOKENS = 77 + 256  # CLIP and T5
 SLICE = re.compile(r"Slice: \S+ \((\d+) chips\)")
 BYTES = 16  # of one parameter: weight, two moments, average, in float32
 PRODIGY_BYTES = 20  # of one parameter that Prodigy trains: weight, two moments, gradient sum, start; no average
@@ -55,8 +54,10 @@ def evaluated(file: Path):
     chips = int(SLICE.search(docstring(file)).group(1))
     mesh = abstract_mesh(mesh_shape(config.mesh, chips))
     opened = open_trained(config)
-    sizes = open_autoencoder(config).module.config if config.stage == 2 else None
-    program = build_program(config, mesh, stage_of(config, opened, sizes, SD3_TOKENS, LPIPS))
+    sizes, tokens = None, 0
+    if config.stage == 2:
+        sizes, tokens = open_autoencoder(config).module.config, opened.module.config.text_tokens
+    program = build_program(config, mesh, stage_of(config, opened, sizes, tokens, LPIPS))
     after = jax.eval_shape(program.step, program.state, program.batch, jax.random.key(0))
     return config, program, after
 
@@ -68,6 +69,7 @@ def bytes_per_chip(leaf) -> int:
 def test_there_are_configs():
     assert {"stage1_sd3_512", "stage1_sd3_1024"} <= set(names(FILES))
     assert {f"stage2_sd3_{px}" for px in (512, 1024, 2048, 4096)} <= set(names(FILES))
+    assert {f"stage1_flux_{px}" for px in (512, 1024)} | {f"flux_full_{px}" for px in (1024, 2048)} <= set(names(FILES))
     assert {f"stage2_sd35_{size}_{px}" for size in ("medium", "large") for px in (1024, 2048)} <= set(names(FILES))
     assert {f"stage2_sd3_lora_{px}" for px in (1024, 2048)} <= set(names(FILES))
 

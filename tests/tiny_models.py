@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lwd_jax.autoencoders import kl, save_autoencoder
-from lwd_jax.backbones import save_backbone, sd3
+from lwd_jax.backbones import flux, save_backbone, sd3
 from lwd_jax.cli.encode import make_encoder
 from lwd_jax.config import load_config, to_json
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
@@ -29,6 +29,12 @@ SD3 = sd3.Config(
     sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
     joint_attention_dim=24, pooled_projection_dim=16, pos_embed_max_size=12,
 )  # fmt: skip
+FLUX = flux.Config(
+    in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+)  # fmt: skip
+MODELS = {kl.Config: kl.AUTOENCODER, sd3.Config: sd3.BACKBONE, flux.Config: flux.BACKBONE}
+PIPELINES = {sd3.Config: "StableDiffusion3Pipeline", flux.Config: "FluxPipeline"}
 TEXT = {"length": 9, "width": 24, "pooled": 16}
 
 
@@ -52,25 +58,35 @@ def autoencoder(seed: int):
     return kl.AUTOENCODER.build(KL), random_params(kl.AUTOENCODER, KL, seed)
 
 
-def backbone(seed: int):
-    return sd3.BACKBONE.build(SD3), random_params(sd3.BACKBONE, SD3, seed)
+def backbone(seed: int, sizes=SD3):
+    model = MODELS[type(sizes)]
+    return model.build(sizes), random_params(model, sizes, seed)
 
 
-def write_pipeline(folder: Path, seed: int = 0) -> Path:
-    """A diffusers pipeline folder without text encoders."""
+def write_pipeline(folder: Path, seed: int = 0, sizes=SD3, **scheduler) -> Path:
+    """A diffusers pipeline folder without text encoders; `scheduler`: settings besides the shift of 2.5."""
     folder.mkdir(parents=True)
     save_autoencoder(folder / "vae", *autoencoder(seed))
-    save_backbone(folder / "transformer", *backbone(seed + 1))
+    save_backbone(folder / "transformer", *backbone(seed + 1, sizes))
     (folder / "scheduler").mkdir()
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.5}
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 2.5,
+    } | scheduler
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": PIPELINES[type(sizes)]}))
     return folder
 
 
-def write_workdir(folder: Path, stage: int, seed: int = 0, step: int = 7, text: bool = False, **fields) -> Path:
-    """A run that has ended: plain weights of `seed`, averaged ones of `seed + 100`; `text`: trained on hashed words."""
-    kind, model, sizes = (AUTOENCODER, kl.AUTOENCODER, KL) if stage == 1 else (BACKBONE, sd3.BACKBONE, SD3)
+def write_workdir(
+    folder: Path, stage: int, seed: int = 0, step: int = 7, text: bool = False, sizes=SD3, **fields
+) -> Path:
+    """A run that has ended: plain weights of `seed`, averaged ones of `seed + 100`; `text`: trained on hashed words.
+    `sizes`: Config of the backbone.
+    """
+    kind, sizes = (AUTOENCODER, KL) if stage == 1 else (BACKBONE, sizes)
+    model = MODELS[type(sizes)]
     config = load_config({"stage": stage, "name": f"run {seed}", "resolution": 64, **fields})
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(to_json(config))

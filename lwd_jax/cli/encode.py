@@ -21,7 +21,7 @@ from lwd_jax.data import buckets
 from lwd_jax.data.dataset import open_dataset
 from lwd_jax.data.latents import Encoder, Plan, encode_dataset, make_posterior
 from lwd_jax.data.records import STORAGE
-from lwd_jax.data.text import TEXT_ENCODERS, open_text_encoder
+from lwd_jax.data.text import TEXT_ENCODERS, kind_of, open_text_encoder
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
 from lwd_jax.weights.folder import fingerprint
@@ -51,12 +51,14 @@ def arguments(parser) -> None:
         "--smallest-bucket", type=int, default=Plan.smallest_bucket, help="buckets of fewer pictures join a neighbour"
     )
     parser.add_argument(
-        "--text", choices=tuple(TEXT_ENCODERS), help="text encoder; default sd3, if there is a folder of it"
+        "--text", choices=tuple(TEXT_ENCODERS), help="text encoders; default those of the folder, if there is one"
     )
     parser.add_argument("--text-models", help="diffusers pipeline folder with the text encoders; default --models")
-    parser.add_argument("--text-length", type=int, help="tokens of T5 (default 256) or of hashed_words (default 32)")
+    parser.add_argument(
+        "--text-length", type=int, help="tokens of T5 (default: sd3 256, flux 512) or of hashed_words (32)"
+    )
     parser.add_argument("--text-width", type=int, help="width of hashed_words: tokens and pooled vector (default 128)")
-    parser.add_argument("--text-dtype", choices=("float32", "bfloat16", "float16"), help="of SD3's text encoders")
+    parser.add_argument("--text-dtype", choices=("float32", "bfloat16", "float16"), help="of the text encoders")
     parser.add_argument("--captions", type=int, default=Plan.captions, help="caption alternatives kept of each picture")
     parser.add_argument("--batch-size", type=int, default=Plan.batch_size, help="pictures encoded at a time")
     parser.add_argument(
@@ -71,6 +73,7 @@ def _text_settings(args, kind: str) -> dict:
     given = {
         "hashed_words": {"length": args.text_length, "width": args.text_width, "pooled": args.text_width},
         "sd3": {"max_length": args.text_length, "dtype": args.text_dtype},
+        "flux": {"max_length": args.text_length, "dtype": args.text_dtype},
     }[kind]
     return {name: value for name, value in given.items() if value is not None}
 
@@ -113,7 +116,7 @@ def run(args) -> None:
         raise UserError(
             f"'{args.models}' has no text encoders: name a folder with --text-models, or add --text hashed_words."
         )
-    kind = args.text or "sd3"
+    kind = args.text or kind_of(text_folder)
     text = open_text_encoder({"kind": kind, "settings": _text_settings(args, kind)}, text_folder)
     print(f"Text: {text.notice}")
     module, params = models.autoencoder(dtype=jnp.dtype(args.dtype))

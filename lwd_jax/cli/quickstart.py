@@ -37,6 +37,8 @@ WORDS = 11  # of a caption that are read; the text encoder adds one token for th
 STEPS = {"before": 210, "after": 50, "base": 240, "arm": 60}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
+# Of stage 2. FLUX is sampled with the guidance that it was told in training, 1.
+BACKBONES = {"sd3": {}, "flux": {"models__backbone_variant": "flux-tiny", "sampling__embedded_guidance": 1.0}}
 
 
 def arguments(parser) -> None:
@@ -44,6 +46,9 @@ def arguments(parser) -> None:
         "--workdir", default="runs/quickstart", help="folder of everything it writes (default %(default)s)"
     )
     parser.add_argument("--images", default="", help="a folder with photographs of your own instead")
+    parser.add_argument(
+        "--backbone", choices=tuple(BACKBONES), default="sd3", help="whose small sibling trains (default %(default)s)"
+    )
     parser.add_argument(
         "--fast", action="store_true", help="a few steps of each part: shows that all parts run, learns nothing"
     )
@@ -104,13 +109,14 @@ def _cut(photographs: list[Photograph], folder: Path) -> None:
     print(f"    {count} squares of {SIDE} px from {len(photographs)} photographs")
 
 
-def _check_source(workdir: Path, images: str, fast: bool) -> None:
-    """A workdir belongs to one set of photographs and one length."""
-    source = {"images": str(absolute(Path(images))) if images else "", "fast": fast}
+def _check_source(workdir: Path, images: str, fast: bool, backbone: str) -> None:
+    """A workdir belongs to one set of photographs, one length and one backbone."""
+    source = {"images": str(absolute(Path(images))) if images else "", "fast": fast, "backbone": backbone}
     file = workdir / SOURCE
-    if file.is_file() and read_json(file) != source:
+    if file.is_file() and {"backbone": "sd3"} | read_json(file) != source:  # it was SD3's before there was a choice
         raise UserError(
-            f"The quickstart in {workdir} was begun with other photographs or another length; name a new --workdir."
+            f"The quickstart in {workdir} was begun with other photographs, another length or another backbone; name a "
+            "new --workdir."
         )
     file.write_text(json.dumps(source))
 
@@ -164,9 +170,9 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     ]
 
 
-def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool) -> list[Part]:
+def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool, backbone: str) -> list[Part]:
     base, arm_steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
-    data = {"data__latents": run.latents, "models__autoencoder": run.after}
+    data = {"data__latents": run.latents, "models__autoencoder": run.after} | BACKBONES[backbone]
     plain = {"matching__mask": "everywhere", "training__preview_every": 0}  # both arms' previews begin with it
     if not fast:  # where it is one of the arms' steps, compiled once
         plain |= {"optimizer__learning_rate": 1e-3, "training__ema": 0.99}
@@ -187,14 +193,14 @@ def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool) -> list
     return [*parts, Part("export: a diffusers folder", export, run.export / MANIFEST)]
 
 
-def _parts(run: Run, photographs: list[Photograph], fast: bool) -> list[Part]:
+def _parts(run: Run, photographs: list[Photograph], fast: bool, backbone: str = "sd3") -> list[Part]:
     """Every part but the report."""
     prepare = ["prepare", f"--images={run.crops}", f"--out={run.dataset}", f"--resolution={SIDE}"]
     return [
         Part("cut the photographs into squares", lambda: _cut(photographs, run.crops), run.crops),
         Part("prepare: a dataset of the squares and captions", prepare, run.dataset / DATASET_INDEX),
         *_autoencoder_parts(run, fast),
-        *_backbone_parts(run, photographs, fast),
+        *_backbone_parts(run, photographs, fast, backbone),
     ]
 
 
@@ -206,13 +212,13 @@ def run(args) -> int:
         raise UserError(f"{workdir} is a file; name a folder with --workdir.")
     photographs = own(args.images) if args.images else shipped()
     workdir.mkdir(parents=True, exist_ok=True)
-    _check_source(workdir, args.images, args.fast)
+    _check_source(workdir, args.images, args.fast, args.backbone)
     place = Run(workdir)
     print(
         f"Quickstart on {len(photographs)} photographs, {jax.device_count()} {jax.devices()[0].device_kind} "
         f"device(s), in {workdir}"
     )
-    parts = _parts(place, photographs, args.fast)
+    parts = _parts(place, photographs, args.fast, args.backbone)
     clock = Clock(workdir, len(parts) + 1)
     for part in parts:
         if status := clock.run(part):

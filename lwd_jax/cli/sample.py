@@ -29,8 +29,15 @@ def arguments(parser):
     parser.add_argument("--out", required=True, help="folder to write: new, or empty")
     parser.add_argument("--resolution", help="side in px, or WIDTHxHEIGHT (default: what the models were made for)")
     parser.add_argument("--steps", type=int, help="solver steps (default: the run's, or 28)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = off (default: the run's, or 5)")
-    parser.add_argument("--shift", type=float, help="of the noise levels (default: the run's, or the scheduler's)")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance, 1 = off (default: the run's; a folder's: 5, FLUX 1)"
+    )
+    parser.add_argument("--embedded-guidance", type=float, help="that FLUX.1-dev is told (default: the run's, or 3.5)")
+    parser.add_argument(
+        "--shift",
+        type=float,
+        help="of the noise levels at every size (default: the run's, or the scheduler's; FLUX above 1024 px: 3)",
+    )
     parser.add_argument("--solver", help=f"{' or '.join(SOLVERS)} (default: the run's, or euler)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")
     parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default %(default)s)")
@@ -67,8 +74,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _request(args, models) -> Request:
-    names = ("steps", "guidance", "shift", "solver")
+    names = ("steps", "guidance", "embedded_guidance", "shift", "solver")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.shift is not None:
+        given["shift_rule"] = "static"
     sampling = dataclasses.replace(models.sampling(), **given)
     choose(SOLVERS, sampling.solver, "solver")
     noise = read_noise(args.latents) if args.latents else None

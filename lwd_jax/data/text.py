@@ -15,7 +15,7 @@ from lwd_jax.files import on_disk
 
 SD3_WIDTH = 4096  # of T5-XXL; taken where neither T5 nor a transformer/config.json is there to tell
 _HASHED = (".safetensors", ".json", ".txt", ".model")  # what a text encoder's output depends on
-_CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+_CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # of SD3; FLUX's second is a T5
 _T5 = ("text_encoder_3", "tokenizer_3")
 
 
@@ -97,8 +97,8 @@ def hashed_words(folder: Path | None, length: int = 32, width: int = 128, pooled
     )
 
 
-def _fingerprint(folder: Path, parts: list[str], settings: dict) -> str:
-    digest = hashlib.sha256(json.dumps(["sd3", settings], sort_keys=True).encode())
+def _fingerprint(kind: str, folder: Path, parts: list[str], settings: dict) -> str:
+    digest = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
     for part in parts:
         for path in sorted((folder / part).iterdir()):
             if path.suffix in _HASHED:
@@ -143,38 +143,76 @@ def _t5_width(folder: Path) -> int:
     return read_json(config)["joint_attention_dim"] if config.is_file() else SD3_WIDTH
 
 
+def _ids(captions: list[str], model, tokenizer, length: int):
+    """Token numbers, cut and padded to `length`, where the model is."""
+    padded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return padded.input_ids.to(model.device)
+
+
+def _numpy(states) -> np.ndarray:
+    return states.float().cpu().numpy()
+
+
 def _sd3_states(captions: list[str], clips, t5, clip_length: int, max_length: int, width: int) -> States:
     """`clips`, `t5`: (model, tokenizer) each; t5 may be None."""
-
-    def ids(model, tokenizer, length):
-        padded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return padded.input_ids.to(model.device)
-
     tokens = np.zeros((len(captions), clip_length + max_length, width), np.float32)
     pooled, start = [], 0
     for model, tokenizer in clips:
-        result = model(ids(model, tokenizer, clip_length), output_hidden_states=True)
-        states = result.hidden_states[-2].float().cpu().numpy()
+        result = model(_ids(captions, model, tokenizer, clip_length), output_hidden_states=True)
+        states = _numpy(result.hidden_states[-2])
         tokens[:, :clip_length, start : start + states.shape[-1]] = states
         start += states.shape[-1]
-        pooled.append(result.text_embeds.float().cpu().numpy())
+        pooled.append(_numpy(result.text_embeds))
     if t5:
-        model, tokenizer = t5
-        tokens[:, clip_length:] = model(ids(model, tokenizer, max_length))[0].float().cpu().numpy()
+        tokens[:, clip_length:] = _numpy(t5[0](_ids(captions, *t5, max_length))[0])
     return States(tokens, np.ones(tokens.shape[:2], np.float32), np.concatenate(pooled, axis=-1))
 
 
-def _sd3_parts(folder: Path | None) -> tuple[Path, list[str]]:
-    """The folder, and the names of the folders in it that are read: T5's only where it has them."""
+def _checked(whose: str, folder: Path | None) -> Path:
     if folder is None:
-        raise UserError("SD3's text encoders are read from a folder; name it with --text-models.")
-    folder = on_disk(folder, "The folder of text encoders")
-    has_t5 = (folder / _T5[0]).is_dir()
-    parts = [part for pair in (*_CLIPS, *([_T5] if has_t5 else [])) for part in pair]
+        raise UserError(f"{whose} text encoders are read from a folder; name it with --text-models.")
+    return on_disk(folder, "The folder of text encoders")
+
+
+def _parts(whose: str, folder: Path, pairs) -> list[str]:
+    """The names of the folders that pairs of an encoder and a tokenizer are read from."""
+    parts = [part for pair in pairs for part in pair]
     for part in parts:
         if not (folder / part).is_dir():
-            raise UserError(f"'{folder}' has no folder '{part}', which SD3's text encoders need.")
-    return folder, parts
+            raise UserError(f"'{folder}' has no folder '{part}', which {whose} text encoders need.")
+    return parts
+
+
+def _opener(whose: str, folder: Path, dtype: str) -> Callable:
+    """`f(model class, tokenizer class, folder names, vocabulary files) -> (model, tokenizer)`, ready to run; classes by
+    their names in transformers.
+
+    Raises:
+      UserError: the extra [text] is not installed, an unknown dtype; when called: a folder is not what it should be.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{whose} text encoders need the extra [text]: pip install 'lwd_jax[text]'.") from error
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    weights = choose(types, dtype, "text dtype")
+    transformers.logging.set_verbosity_error()  # its warnings about weights are errors here
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def pair(model_class, tokenizer_class, names, *vocabularies):
+        model = _load_model(getattr(transformers, model_class), folder / names[0], weights).to(device).eval()
+        tokenizer = getattr(transformers, tokenizer_class)
+        return model, _load_tokenizer(tokenizer, folder / names[1], ("tokenizer.json", *vocabularies))
+
+    return pair
+
+
+def _inferred(encode: Callable) -> Callable:
+    """Without gradients; torch is there by now."""
+    import torch
+
+    return torch.inference_mode()(encode)
 
 
 def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> TextEncoder:
@@ -194,25 +232,12 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
     Raises:
       UserError: the extra [text] is not installed; a folder is missing, or is not what it should be.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError("SD3's text encoders need the extra [text]: pip install 'lwd_jax[text]'.") from error
-    folder, parts = _sd3_parts(folder)
-    has_t5 = _T5[0] in parts
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    weights = choose(types, dtype, "text dtype")
-    transformers.logging.set_verbosity_error()  # its warnings about weights are errors here
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def pair(model_class, tokenizer_class, names, *vocabularies):
-        model = _load_model(model_class, folder / names[0], weights).to(device).eval()
-        return model, _load_tokenizer(tokenizer_class, folder / names[1], ("tokenizer.json", *vocabularies))
-
-    clip_classes = transformers.CLIPTextModelWithProjection, transformers.CLIPTokenizer
-    clips = [pair(*clip_classes, names, "vocab.json") for names in _CLIPS]
-    t5 = pair(transformers.T5EncoderModel, transformers.T5TokenizerFast, _T5, "spiece.model") if has_t5 else None
+    folder = _checked("SD3's", folder)
+    has_t5 = (folder / _T5[0]).is_dir()
+    parts = _parts("SD3's", folder, (*_CLIPS, _T5) if has_t5 else _CLIPS)
+    pair = _opener("SD3's", folder, dtype)
+    clips = [pair("CLIPTextModelWithProjection", "CLIPTokenizer", names, "vocab.json") for names in _CLIPS]
+    t5 = pair("T5EncoderModel", "T5TokenizerFast", _T5, "spiece.model") if has_t5 else None
     clip_length = clips[0][1].model_max_length
     width = t5[0].config.d_model if t5 else _t5_width(folder)
     pooled = sum(model.config.projection_dim for model, _ in clips)
@@ -221,13 +246,13 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
         raise UserError(f"In '{folder}' the CLIP states are {clip_width} wide together, which exceeds T5's {width}.")
     settings = {"max_length": max_length, "dtype": dtype}
 
-    @torch.inference_mode()
+    @_inferred
     def encode(captions: list[str]) -> States:
         return _sd3_states(captions, clips, t5, clip_length, max_length, width)
 
     return TextEncoder(
         kind="sd3",
-        fingerprint=_fingerprint(folder, parts, settings),
+        fingerprint=_fingerprint("sd3", folder, parts, settings),
         length=clip_length + max_length,
         width=width,
         pooled=pooled,
@@ -237,7 +262,51 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
     )
 
 
-TEXT_ENCODERS = {"hashed_words": hashed_words, "sd3": sd3}
+def flux(folder: Path | None, max_length: int = 512, dtype: str = "float32") -> TextEncoder:
+    """FLUX.1's two text encoders, through transformers: T5's states, and CLIP-L's pooled vector.
+
+    Every token counts as real: FLUX attends to padding too. They run on a GPU if torch sees one.
+
+    Args:
+      folder: a diffusers pipeline folder: text_encoder (CLIP), text_encoder_2 (T5), tokenizer, tokenizer_2.
+      max_length: T5's tokens; FLUX.1-schnell was trained with 256.
+      dtype: of the encoders' weights and arithmetic: float32, bfloat16, float16.
+
+    Raises:
+      UserError: the extra [text] is not installed; a folder is missing, or is not what it should be.
+    """
+    folder = _checked("FLUX's", folder)
+    parts = _parts("FLUX's", folder, _CLIPS)
+    pair = _opener("FLUX's", folder, dtype)
+    clip = pair("CLIPTextModel", "CLIPTokenizer", _CLIPS[0], "vocab.json")
+    t5 = pair("T5EncoderModel", "T5TokenizerFast", _CLIPS[1], "spiece.model")
+    settings = {"max_length": max_length, "dtype": dtype}
+
+    @_inferred
+    def encode(captions: list[str]) -> States:
+        pooled = _numpy(clip[0](_ids(captions, *clip, clip[1].model_max_length)).pooler_output)
+        tokens = _numpy(t5[0](_ids(captions, *t5, max_length))[0])
+        return States(tokens, np.ones(tokens.shape[:2], np.float32), pooled)
+
+    return TextEncoder(
+        kind="flux",
+        fingerprint=_fingerprint("flux", folder, parts, settings),
+        length=max_length,
+        width=t5[0].config.d_model,
+        pooled=clip[0].config.hidden_size,
+        settings=settings,
+        notice=f"FLUX's text encoders from '{folder}'.",
+        encode=encode,
+    )
+
+
+TEXT_ENCODERS = {"hashed_words": hashed_words, "sd3": sd3, "flux": flux}
+
+
+def kind_of(folder: Path) -> str:
+    """Whose text encoders a pipeline folder has: FLUX's second is a T5, SD3's a CLIP."""
+    config = folder / "text_encoder_2" / "config.json"
+    return "flux" if config.is_file() and read_json(config).get("model_type") == "t5" else "sd3"
 
 
 def open_text_encoder(text: dict, folder: Path | None = None) -> TextEncoder:

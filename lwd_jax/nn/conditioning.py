@@ -1,8 +1,9 @@
 """What a backbone is told besides the noisy latent and the time."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Conditioning(NamedTuple):
@@ -19,3 +20,10 @@ class Conditioning(NamedTuple):
     mask: jax.Array | None = None
     pooled: jax.Array | None = None
     guidance: jax.Array | None = None
+
+
+def told(cond: Conditioning, sizes: Any, guidance: float) -> Conditioning:
+    """`cond` with the guidance scale for backbones that are told one (`sizes.guidance_embeds`), else as it is."""
+    if not sizes.guidance_embeds:
+        return cond
+    return cond._replace(guidance=np.full(len(cond.tokens), guidance, np.float32))

@@ -6,8 +6,9 @@ back into the residual stream are float32.
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from lwd_jax.nn.layers import ZEROS, Dense, layer_norm
+from lwd_jax.nn.layers import NORMAL, ZEROS, Dense, layer_norm
 from lwd_jax.shapes import shaped
 
 
@@ -31,3 +32,15 @@ class Modulation(Dense):
 
     def __call__(self, emb):
         return jnp.split(super().__call__(jax.nn.silu(emb)), self.features // emb.shape[-1], axis=-1)
+
+
+class Embedder(nn.Module):
+    """down(silu(up(x))), the vector every modulation is computed from; a float32 island."""
+
+    width: int
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = Dense(self.width, param_dtype=self.param_dtype, kernel_init=NORMAL, name="up")(x)
+        return Dense(self.width, param_dtype=self.param_dtype, kernel_init=NORMAL, name="down")(jax.nn.silu(hidden))

@@ -1,6 +1,10 @@
 """Position and time tables. All of them are float32 whatever the compute dtype: in bfloat16 a time embedding has an RMS
 error of .24 on .71."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -76,9 +80,64 @@ def grid_positions(table, height: int, width: int):
 def time_features(t):
     """[B] time in [0, 1] -> [B 256] float32: cos then sin of 1000 t / 10000^(i / 128).
 
-    The factor 1000 makes t the timestep that SD3 was trained with.
+    The factor 1000 makes t the timestep that SD3 and FLUX were trained with. FLUX is told its guidance scale so too,
+    where angles reach 5000 and a last bit of a frequency is seen: they are rounded where PyTorch's are.
     """
     exponents = np.float32(-np.log(10000.0)) * np.arange(TIME_FREQUENCIES, dtype=np.float32)
-    frequencies = np.exp(exponents / np.float32(TIME_FREQUENCIES))
-    angles = (1000.0 * t.astype(jnp.float32))[:, None] * frequencies
+    exponents = exponents / np.float32(TIME_FREQUENCIES)
+    angles = (1000.0 * t.astype(jnp.float32))[:, None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Rotation(NamedTuple):
+    """Rotary positions (RoPE, arXiv 2104.09864): cosine and sine of every pair's angle, [1 L d/2] float32 each."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def frequencies(width: int, theta: float) -> np.ndarray:
+    """[width / 2] float64: theta^(-2 i / width), what positions are multiplied with to be angles (equation 15)."""
+    return theta ** -(np.arange(0, width, 2) / width)
+
+
+def grid_rotation(height: int, width: int, axes: Sequence[int], thetas: Sequence[float]) -> Rotation:
+    """Rotations of a grid of height x width tokens, row by row.
+
+    Args:
+      height, width: in tokens.
+      axes: how many channels of a head turn by a token's index (0 for all of a picture), its row and its column.
+      thetas: of the three.
+
+    Returns:
+      Of L = height width tokens and d = sum(axes).
+    """
+
+    def table(function):
+        turns = [frequencies(size, theta) for size, theta in zip(axes, thetas, strict=True)]
+        places = (np.zeros(1), np.arange(height), np.arange(width))
+        parts = [function(np.outer(place, turn)).astype(np.float32) for place, turn in zip(places, turns)]
+        # By axis up to here: whole tables would be constants of the program, 17 MB each at 4096 px.
+        shaped = (parts[0][None], parts[1][:, None], parts[2][None])
+        grid = [jnp.broadcast_to(part, (height, width, part.shape[-1])) for part in shaped]
+        return jnp.concatenate(grid, axis=-1).reshape(1, height * width, -1)
+
+    return Rotation(table(np.cos), table(np.sin))
+
+
+def unturned(length: int, width: int) -> Rotation:
+    """The rotation of `length` tokens at position 0: none."""
+    shape = (1, length, width // 2)
+    return Rotation(jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+
+def rotate(x, rotation: Rotation, scale: float = 1.0):
+    """Channels 2 i and 2 i + 1 of x [B L N d] turned by the i-th angle of their token, all times `scale`.
+
+    Float32 inside, returned in the dtype of x. Reference: arXiv 2104.09864, equation 34.
+    """
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = (scale * table[:, :, None] for table in rotation)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

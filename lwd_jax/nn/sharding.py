@@ -5,6 +5,8 @@ A residual stream [B L D] lies over (data, fsdp) by picture and over `context` b
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -35,3 +37,26 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
         return x
     context = "context" if x.shape[1] % axis_size("context") == 0 else None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x.shape[0]), context, None))
+
+
+def _shares(lengths) -> int:
+    """Devices of `context` that each hold a share of every one of these lengths; 1 where one does not divide."""
+    parts = axis_size("context")
+    return parts if all(length % parts == 0 for length in lengths) else 1
+
+
+def join_tokens(*kinds: jax.Array) -> jax.Array:
+    """Several kinds of tokens [B L ..] as one sequence, in an order in which nothing moves between devices: for every
+    device of `context` its share of each kind, one kind after the other. Attention does not mind the order."""
+    parts = _shares([x.shape[1] for x in kinds])
+    shares = [x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:]) for x in kinds]
+    whole = jnp.concatenate(shares, axis=2)
+    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])
+
+
+def split_tokens(x: jax.Array, *lengths: int) -> tuple[jax.Array, ...]:
+    """The inverse of `join_tokens` for kinds of these lengths."""
+    parts = _shares(lengths)
+    shares = x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:])
+    cuts = np.cumsum([length // parts for length in lengths])[:-1]
+    return tuple(kind.reshape(x.shape[0], -1, *x.shape[2:]) for kind in jnp.split(shares, cuts, axis=2))

@@ -4,7 +4,9 @@
 against these.
 """
 
-from lwd_jax.backbones import sd3
+from typing import Any
+
+from lwd_jax.backbones import flux, sd3
 from lwd_jax.nn.positions import TIME_FREQUENCIES
 
 TRAINING = 3  # one forward and, for the gradients by inputs and by weights, two more; what remat repeats is not counted
@@ -35,3 +37,31 @@ def sd3_forward(config: sd3.Config, height: int, width: int, text: int) -> int:
     ends += 2 * wide * (2 * TIME_FREQUENCIES + config.pooled_projection_dim + 2 * wide)  # time and pooled embedders
     ends += 2 * square  # the last modulation
     return (config.num_layers - 1) * joint + config.dual_layers * dual + last + ends
+
+
+def flux_forward(config: flux.Config, height: int, width: int, text: int) -> int:
+    """FLOPs of the FLUX backbone for one picture. Arguments as of `sd3_forward`."""
+    wide, patch = config.width, config.patch_size
+    picture = height * width // patch**2
+    square = 2 * wide * wide
+    both = picture + text
+
+    attention = 4 * both * both * wide
+    double = both * (4 + 8) * square + attention + (6 + 6) * square
+    # Queries, keys, values and the MLP's way up; the way out of both is five times as wide as long.
+    single = both * (3 + 4 + 5) * square + attention + 3 * square
+
+    ends = 2 * picture * patch**2 * wide * 2 * config.in_channels
+    ends += 2 * text * config.joint_attention_dim * wide
+    embedders = 2 if config.guidance_embeds else 1  # of time and guidance
+    ends += 2 * wide * (embedders * (2 * TIME_FREQUENCIES + wide) + config.pooled_projection_dim + wide)
+    ends += 2 * square  # the last modulation
+    return config.num_layers * double + config.num_single_layers * single + ends
+
+
+_FORWARD = {sd3.Config: sd3_forward, flux.Config: flux_forward}
+
+
+def backbone_forward(config: Any, height: int, width: int, text: int) -> int:
+    """FLOPs of a backbone for one picture: `sd3_forward` or its like, by the type of its Config."""
+    return _FORWARD[type(config)](config, height, width, text)

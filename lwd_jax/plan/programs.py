@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from lwd_jax.backbones import sd3
 from lwd_jax.config import Config
 from lwd_jax.data.latents import make_posterior, open_latents
 from lwd_jax.errors import UserError
@@ -24,7 +23,7 @@ from lwd_jax.objective import lpips
 from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import batch_shardings, param_shardings, replicated
 from lwd_jax.plan.count import Operations, operations
-from lwd_jax.plan.flops import TRAINING, sd3_forward
+from lwd_jax.plan.flops import TRAINING, backbone_forward
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, Opened, open_autoencoder, open_model, open_trained
 from lwd_jax.train.program import Stage, build_program, trained_paths
 from lwd_jax.train.setup import stage_of
@@ -103,9 +102,9 @@ def unplaced(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def text_tokens(config: Config) -> int:
-    """Text tokens of a caption: of the run's latents, or SD3's where no latents are named yet."""
-    return open_latents(config.data.latents).metadata["text"]["length"] if config.data.latents else sd3.TEXT_TOKENS
+def text_tokens(config: Config, sizes: Any) -> int:
+    """Text tokens of a caption: of the run's latents, or the backbone's where no latents are named yet."""
+    return open_latents(config.data.latents).metadata["text"]["length"] if config.data.latents else sizes.text_tokens
 
 
 # --------------------------------------------------------------------------------------------------------- train step
@@ -122,7 +121,9 @@ def abstract_stage(config: Config) -> Stage:
     if config.stage == 1:
         perceptual = _abstract_lpips() if config.reconstruction.lpips else None
         return stage_of(config, open_trained(config), None, 0, perceptual)
-    return stage_of(config, open_trained(config), open_autoencoder(config).module.config, text_tokens(config), None)
+    opened = open_trained(config)
+    tokens = text_tokens(config, opened.module.config)
+    return stage_of(config, opened, open_autoencoder(config).module.config, tokens, None)
 
 
 def gradient_operations(config: Config, stage: Stage, abstract_params: Any) -> Operations:
@@ -156,7 +157,7 @@ def _train(plans: Plans) -> Planned:
         if config.stage == 2:
             backbone = open_trained(config).module.config
             side = stage.batch["mean"].shape[1]
-            each = sd3_forward(backbone, side, side, stage.batch["tokens"].shape[1])
+            each = backbone_forward(backbone, side, side, stage.batch["tokens"].shape[1])
             return TRAINING * config.data.batch_size * each
         plain = dataclasses.replace(config, remat="none")
         with plans.traced():
@@ -226,10 +227,11 @@ def _sample(plans: Plans) -> Planned:
         BACKBONE, config.models.backbone, config.models.backbone_variant, ema=config.models.ema, dtype=kind,
         param_dtype=kind,
     )  # fmt: skip
-    sizes, length, size = opened.module.config, text_tokens(config), batch_parts(plans.mesh)
-    side = config.resolution // sd3.LATENT_FACTOR
+    sizes, size = opened.module.config, batch_parts(plans.mesh)
+    length, side = text_tokens(config, sizes), config.resolution // sizes.latent_factor
     text = {"tokens": (size, length, sizes.joint_attention_dim), "mask": (size, length)}
-    cond = Conditioning(**plans.batch(text | {"pooled": (size, sizes.pooled_projection_dim)}))
+    told = {"guidance": (size,)} if sizes.guidance_embeds else {}
+    cond = Conditioning(**plans.batch(text | told | {"pooled": (size, sizes.pooled_projection_dim)}))
     noise = plans.batch({"noise": (size, side, side, sizes.in_channels)})["noise"]
     scalar, levels = ((), (sampling.steps + 1,))
     small = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated(plans.mesh)) for shape in (scalar, levels)]
@@ -239,7 +241,7 @@ def _sample(plans: Plans) -> Planned:
 
     def model():
         runs = {"euler": sampling.steps, "heun": 2 * sampling.steps - 1}[sampling.solver] * (2 if null else 1)
-        return float(size * runs * sd3_forward(sizes, side, side, length))
+        return float(size * runs * backbone_forward(sizes, side, side, length))
 
     return _forward(plans, "sample", plans.makers.sampler(opened.module, sampling.solver), arguments, model)
 

@@ -85,28 +85,28 @@ vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
 ```"""
 _PIPELINE_USE = """```python
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {pipeline}
 
-pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
+pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
 picture = pipe(
     "a red boat on a lake",
     max_sequence_length={max_length},
     height={side},
     width={side},
     num_inference_steps={steps},
-    guidance_scale={guidance},
+{guidance}
 ).images[0]
 ```"""
 _STATES_USE = """This folder has no text encoders (captions were encoded by `{kind}`): the pipeline takes text states.
 {fill_in}
 ```python
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {pipeline}
 from lwd_jax.report.pipeline import open_models, text_encoder
 
 {set_folder}states = text_encoder(open_models(folder){text_folder}).encode(["a red boat on a lake", ""])
 tokens, pooled = (torch.tensor(part, dtype=torch.{dtype}) for part in (states.tokens, states.pooled))
-pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
+pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
 picture = pipe(
     prompt_embeds=tokens[:1],
     pooled_prompt_embeds=pooled[:1],
@@ -115,7 +115,7 @@ picture = pipe(
     height={side},
     width={side},
     num_inference_steps={steps},
-    guidance_scale={guidance},
+{guidance}
 ).images[0]
 ```"""
 
@@ -137,6 +137,30 @@ _SET_FOLDER = """text_folder = "TEXT_FOLDER"  # fill in: a folder with text_enco
 """
 
 
+def _guidance(manifest: dict, states: bool) -> str:
+    """The arguments of a pipeline's call that guide; `states`: it is given states of the negative prompt."""
+    sampling, of_sd3 = manifest["sampling"], manifest["pipeline"] == "StableDiffusion3Pipeline"
+    if of_sd3:
+        return f"    guidance_scale={sampling['guidance']},"
+    lines = [f"    guidance_scale={sampling['embedded_guidance']},"]
+    if sampling["guidance"] > 1:
+        lines += [f"    true_cfg_scale={sampling['guidance']},"] + ([] if states else ['    negative_prompt="",'])
+    return "\n".join(lines)
+
+
+def _positions(config: dict) -> str:
+    """What diffusers' model cannot be told, where the run has it."""
+    models = config["models"]
+    if not models["proportional_attention"] and set(models["ntk"]) == {1.0}:
+        return ""
+    factors = ", ".join(f"{factor:g}" for factor in models["ntk"])
+    attention = "proportional" if models["proportional_attention"] else "plain"
+    return (
+        f"\nIt was trained with NTK factors {factors} of RoPE's base and {attention} attention. diffusers' own model "
+        "knows neither NTK nor proportional attention and draws without; lwd sample draws as it was trained.\n"
+    )
+
+
 def _use(manifest: dict, absent: list[str]) -> str:
     if manifest["stage"] == 1:
         return _AUTOENCODER_USE
@@ -148,12 +172,13 @@ def _use(manifest: dict, absent: list[str]) -> str:
         dtype=manifest["dtype"],
         side=manifest["config"]["resolution"],
         steps=sampling["steps"],
-        guidance=sampling["guidance"],
+        pipeline=manifest["pipeline"],
+        guidance=_guidance(manifest, states="text_encoder" in absent),
         kind=text.get("kind", "something that the run does not name"),
         fill_in=_FILL_IN if needs_folder else "",
         set_folder=_SET_FOLDER if needs_folder else "",
         text_folder=", text_folder" if needs_folder else "",
-        max_length=text.get("settings", {}).get("max_length", 256),  # 256 is the pipeline's own default
+        max_length=text.get("settings", {}).get("max_length", 512 if text.get("kind") == "flux" else 256),  # its own
         absent="".join(f", {part}=None" for part in absent),
     )
 
@@ -201,7 +226,7 @@ these are the {"averaged (EMA)" if manifest["weights"] == "ema" else "plain"} we
 `folder` is the path of this folder.
 
 {_use(manifest, absent)}
-
+{_positions(config) if stage == 2 else ""}
 ## Figures
 
 {_figures(workdir, manifest)}

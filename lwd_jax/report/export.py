@@ -14,12 +14,23 @@ from lwd_jax.adapters.factors import merged, saved
 from lwd_jax.adapters.lora import settings_of
 from lwd_jax.adapters.peft import FILE, KOHYA_FILE, as_kohya, as_peft, read_file, write_file
 from lwd_jax.autoencoders import save_autoencoder
-from lwd_jax.backbones import extend_backbone, save_backbone, weights_of
+from lwd_jax.backbones import class_of, extend_backbone, save_backbone, weights_of
 from lwd_jax.config import Adapter, Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.files import locate
 from lwd_jax.report.card import write_card
-from lwd_jax.report.pipeline import MANIFEST, TEXT_PARTS, FolderModels, WorkdirModels, open_models
+from lwd_jax.report.pipeline import (
+    DYNAMIC_SHIFT,
+    FAMILIES,
+    FLUX,
+    MANIFEST,
+    SD3,
+    TEXT_PARTS,
+    Family,
+    FolderModels,
+    WorkdirModels,
+    open_models,
+)
 from lwd_jax.report.staging import staged
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
@@ -30,7 +41,6 @@ from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.model import Model
 
 INDEX = "model_index.json"
-PIPELINE = "StableDiffusion3Pipeline"
 DIFFUSERS_VERSION = "0.35.0"  # the release whose fields the files below have
 DTYPES = ("float32", "bfloat16", "float16")
 # What comes of a run of adapters: a pipeline with them in its weights, or a file of them alone.
@@ -49,21 +59,21 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _add_text(folder: Path, models: WorkdirModels) -> dict:
+def _add_text(folder: Path, models: WorkdirModels, family: Family) -> dict:
     """Puts the text encoders and tokenizers of the base models beside the rest; their entries of model_index.json."""
-    source = models.text_folder() if models.text().get("kind") == "sd3" else None
+    source = models.text_folder() if models.text().get("kind") == family.text else None
     if source is None:
-        return dict.fromkeys(TEXT_PARTS, (None, None))
+        return dict.fromkeys(family.parts, (None, None))
     index = read_json(source / INDEX)
-    present = [part for part in TEXT_PARTS if (source / part).is_dir()]
+    present = [part for part in family.parts if (source / part).is_dir()]
     for part in present:
         shutil.copytree(source / part, folder / part, copy_function=_link_or_copy)
-    return {part: index[part] if part in present else (None, None) for part in TEXT_PARTS}
+    return {part: index[part] if part in present else (None, None) for part in family.parts}
 
 
-def _add_scheduler(folder: Path, sampling: Sampling) -> str:
-    """The scheduler that does what the run samples with; its class."""
-    name = choose(SCHEDULERS, sampling.solver, "solver")
+def _add_scheduler(folder: Path, sampling: Sampling, family: Family) -> str:
+    """The scheduler that does what the run samples with; its class. FluxPipeline runs with Euler's only."""
+    name = choose(SCHEDULERS, "euler" if family is FLUX else sampling.solver, "solver")
     (folder / "scheduler").mkdir()
     scheduler = {
         "_class_name": name,
@@ -71,6 +81,8 @@ def _add_scheduler(folder: Path, sampling: Sampling) -> str:
         "num_train_timesteps": TRAIN_TIMES,
         "shift": sampling.shift,
     }
+    if sampling.shift_rule == "dynamic":
+        scheduler |= {"use_dynamic_shifting": True} | DYNAMIC_SHIFT
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     return name
 
@@ -79,7 +91,8 @@ def _export_autoencoder(folder: Path, models: WorkdirModels, dtype) -> tuple[dic
     """Stage 1: (entries of model_index.json, fingerprints, step)."""
     _, module, params, step = models.trained()
     save_autoencoder(folder / "vae", module, params, dtype=dtype)
-    return {"vae": ("diffusers", "AutoencoderKL")}, {"autoencoder": fingerprint(params)}, step
+    parts = {"_class_name": SD3.pipeline, "vae": ("diffusers", "AutoencoderKL")}
+    return parts, {"autoencoder": fingerprint(params)}, step
 
 
 def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
@@ -92,14 +105,17 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, 
     module, params = extend_backbone(module, merged(params), models.config.resolution)
     save_backbone(folder / "transformer", module, params, dtype=dtype)
     fingerprints["backbone"] = fingerprint(params)
+    name = class_of(module)
+    family = FAMILIES[name]
     parts = {
-        "scheduler": ("diffusers", _add_scheduler(folder, models.sampling())),
-        "transformer": ("diffusers", "SD3Transformer2DModel"),
+        "_class_name": family.pipeline,
+        "scheduler": ("diffusers", _add_scheduler(folder, models.sampling(), family)),
+        "transformer": ("diffusers", name),
         "vae": ("diffusers", "AutoencoderKL"),
         "image_encoder": (None, None),
         "feature_extractor": (None, None),
     }
-    return parts | _add_text(folder, models), fingerprints, step
+    return parts | _add_text(folder, models, family), fingerprints, step
 
 
 def _export_adapters(folder: Path, models: WorkdirModels, dtype, form: str) -> tuple[dict, dict, int]:
@@ -162,10 +178,11 @@ def export(
     with staged(out, overwrite, MANIFEST) as folder:
         parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
         if parts:
-            _write_json(folder / INDEX, {"_class_name": PIPELINE, "_diffusers_version": DIFFUSERS_VERSION} | parts)
+            _write_json(folder / INDEX, {"_diffusers_version": DIFFUSERS_VERSION} | parts)
         manifest = {
             "stage": stage,
             "form": form,
+            "pipeline": parts.get("_class_name", ""),
             "step": step,
             "weights": models.describe()["weights"],
             "dtype": dtype,
@@ -175,7 +192,7 @@ def export(
             "config": dataclasses.asdict(models.config),
         }
         _write_json(folder / MANIFEST, manifest)
-        absent = [part for part in TEXT_PARTS if not (folder / part).is_dir()]
+        absent = [part for part in parts if part in TEXT_PARTS and not (folder / part).is_dir()]
         write_card(folder, manifest, models.path, absent=absent, base=models.origin())
     return locate(out)
 

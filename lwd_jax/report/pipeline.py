@@ -6,14 +6,15 @@ time, so that a command can drop one model before it loads the other.
 
 import dataclasses
 import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils.epath import Path
 
-from lwd_jax.backbones import sd3
+from lwd_jax.backbones import BACKBONES, flux
 from lwd_jax.config import Config, Sampling
-from lwd_jax.data.text import TextEncoder, open_text_encoder
+from lwd_jax.data.text import TextEncoder, kind_of, open_text_encoder
 from lwd_jax.errors import UserError, read_json
 from lwd_jax.files import locate
 from lwd_jax.sample.schedule import TRAIN_TIMES
@@ -23,15 +24,41 @@ from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model, read_description
 from lwd_jax.train.optimizer import SCHEDULE_FREE
 from lwd_jax.train.step import keeps_average
-from lwd_jax.weights.folder import read_config
-from lwd_jax.weights.model import find_folder
+from lwd_jax.weights.folder import is_file, read_config
+from lwd_jax.weights.model import find, find_folder
 
 MANIFEST = "lwd.json"  # what `lwd export` writes beside model_index.json
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+class Family(NamedTuple):
+    """What the folder of a backbone's pipeline is.
+
+    Attributes:
+      pipeline: its class in diffusers.
+      text: the row of data.text.TEXT_ENCODERS that its text encoders are.
+      parts: the folders of text encoders and tokenizers.
+    """
+
+    pipeline: str
+    text: str
+    parts: tuple[str, ...]
+
+
+SD3 = Family("StableDiffusion3Pipeline", "sd3", TEXT_PARTS)
+FLUX = Family("FluxPipeline", "flux", tuple(part for part in TEXT_PARTS if not part.endswith("_3")))
+FAMILIES = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
+# The dynamic shift of objective.paths, in diffusers' words, with the defaults of its scheduler.
+DYNAMIC_SHIFT = {
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
 # Settings of diffusers' flow-matching schedulers that change the noise levels; only these values are reproduced here.
 _SCHEDULE = {
     "num_train_timesteps": TRAIN_TIMES,
-    "use_dynamic_shifting": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
@@ -42,7 +69,7 @@ _SCHEDULE = {
 
 
 def _read_scheduler(folder: Path) -> dict:
-    """Solver and static shift of a diffusers scheduler folder, as fields of Sampling.
+    """Solver and shift of a diffusers scheduler folder, as fields of Sampling.
 
     Raises:
       UserError: a scheduler that is none of our solvers, or one with a schedule that is not reproduced here.
@@ -55,8 +82,12 @@ def _read_scheduler(folder: Path) -> dict:
     for setting, plain in _SCHEDULE.items():
         if scheduler.get(setting, plain) != plain:
             raise UserError(f"{folder} sets {setting} to {scheduler[setting]}, which is not supported.")
+    dynamic = scheduler.get("use_dynamic_shifting", False)
+    for setting, plain in DYNAMIC_SHIFT.items() if dynamic else ():
+        if scheduler.get(setting, plain) != plain:
+            raise UserError(f"{folder} sets {setting} to {scheduler[setting]}, which is not supported.")
     shift = scheduler.get("shift", 1.0)  # 1.0 is what diffusers reads where the field is absent
-    return {"solver": solvers[name], "shift": float(shift)}
+    return {"solver": solvers[name], "shift": float(shift), "shift_rule": "dynamic" if dynamic else "static"}
 
 
 def _read(
@@ -110,15 +141,26 @@ class FolderModels:
 
     def sampling(self) -> Sampling:
         """What to sample with: the run's settings where `lwd export` wrote them, the scheduler's solver and shift."""
-        sampling = Sampling(**self.manifest()["sampling"]) if self.manifest().get("sampling") else Sampling()
+        written = self.manifest().get("sampling")
+        sampling = Sampling(**written) if written else self._usual_sampling()
         if not (self.path / "scheduler").is_dir():
             return sampling
         return dataclasses.replace(sampling, **_read_scheduler(self.path / "scheduler"))
 
     def resolution(self) -> int:
         """The side in px of the square pictures the backbone was made for."""
-        foreign = read_config(find_folder(self.path, BACKBONE.subfolder))
-        return sd3.from_foreign(foreign).sample_size * sd3.LATENT_FACTOR
+        return self._sizes().resolution
+
+    def _sizes(self) -> Any:
+        """Config of the backbone."""
+        return find(BACKBONES, self.path, BACKBONE.subfolder)[1]
+
+    def _usual_sampling(self) -> Sampling:
+        """FLUX is distilled from guided sampling, schnell into 4 steps as well: no classifier-free guidance."""
+        sizes = self._sizes() if self.has_backbone() else None
+        if not isinstance(sizes, flux.Config):
+            return Sampling()
+        return Sampling(guidance=1.0) if sizes.guidance_embeds else Sampling(guidance=1.0, steps=4)
 
     def has_autoencoder(self) -> bool:
         """Whether the folder has or is one."""
@@ -129,6 +171,8 @@ class FolderModels:
         return self._holds(BACKBONE)
 
     def _holds(self, kind: Kind) -> bool:
+        if is_file(self.path):  # a backbone's, in its original layout
+            return kind is BACKBONE
         folder = find_folder(self.path, kind.subfolder)
         return (folder / "config.json").is_file() and read_config(folder).get("_class_name") in kind.models
 
@@ -150,7 +194,8 @@ class FolderModels:
         """What encodes captions: {"kind": a row of data.text.TEXT_ENCODERS, ...}, or {} where nothing is known."""
         if "text" in self.manifest():
             return self.manifest()["text"]
-        return {"kind": "sd3"} if self.text_folder() else {}
+        folder = self.text_folder()
+        return {"kind": kind_of(folder)} if folder else {}
 
     def text_folder(self) -> Path | None:
         """The folder that holds text_encoder/ and its kin, or None."""
@@ -251,7 +296,8 @@ def open_models(
     """The models of a diffusers folder or of a workdir; nothing is read yet.
 
     Args:
-      path: a folder with model_index.json, the folder of one model, or a workdir with config.json and checkpoints/.
+      path: a folder with model_index.json, the folder of one model, a backbone's file in its original layout, or a
+        workdir with config.json and checkpoints/.
       ema: of a workdir, the averaged weights.
       autoencoder: another folder or workdir to take the autoencoder from; "" = the folder's own, or the one that the
         run used.
@@ -261,6 +307,8 @@ def open_models(
       UserError: there is no such folder, or it is neither; or a base for what is no run of adapters.
     """
     path = locate(path)
+    if is_file(path):
+        return FolderModels(path, other_autoencoder=autoencoder)
     if not path.is_dir():
         raise UserError(f"There is no folder '{path}'.")
     if is_workdir(path):
@@ -285,7 +333,7 @@ def text_encoder(models: FolderModels | WorkdirModels, folder: str | os.PathLike
     Raises:
       UserError: none is known, it cannot be read, or it is not the one that the training captions were encoded with.
     """
-    text = models.text() or ({"kind": "sd3"} if folder else {})
+    text = models.text() or ({"kind": kind_of(locate(folder))} if folder else {})
     if not text:
         raise UserError(f"'{models.path}' comes with no text encoder; name a folder that has them with --text-models.")
     encoder = open_text_encoder(text, locate(folder) if folder else models.text_folder())

@@ -26,7 +26,7 @@ from lwd_jax.data.text import open_text_encoder
 from lwd_jax.errors import UserError, choose
 from lwd_jax.evaluate.fidelity import psnr, ssim
 from lwd_jax.evaluate.spectrum import Spectrum, block_mean, high_frequency_share, latent_spectrum, rgb_reference
-from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.objective.masks import supervision_mask
 from lwd_jax.objective.matching import matching_loss
 from lwd_jax.objective.reconstruction import pool
@@ -35,7 +35,7 @@ from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import figures
 from lwd_jax.report.pipeline import open_models
 from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler, to_uint8
-from lwd_jax.sample.schedule import sigmas
+from lwd_jax.sample.schedule import noise_levels
 from lwd_jax.train.setup import Setup
 
 FOLDER = "previews"
@@ -212,10 +212,11 @@ def make_sample(config: Config, module, everywhere: NamedSharding) -> Callable:
     """`f(params, noise [B h w C], cond, null) -> z0` on the host, with the config's sampling settings, one picture at
     a time.
     """
-    sampling = config.sampling
-    levels, sampler = sigmas(sampling.steps, sampling.shift), make_sampler(module, sampling.solver)
+    sampling, sampler = config.sampling, make_sampler(module, config.sampling.solver)
 
     def sample(params, noise, cond, null) -> np.ndarray:
+        levels = noise_levels(sampling, module.config, *noise.shape[1:3])
+        cond, null = (each and told(each, module.config, sampling.embedded_guidance) for each in (cond, null))
         rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (noise, cond)) for i in range(len(noise))]
         made = (sampler(params, *row, null, sampling.guidance, levels) for row in rows)
         return np.concatenate([jax.device_get(_gather(everywhere)(z0)) for z0 in made])
@@ -233,6 +234,7 @@ def _example_loss(matching: Matching, module, autoencoder: kl.Config, everywhere
 
         z0 = kl.scale(autoencoder, example["mean"])
         cond = Conditioning(example["tokens"], example["token_mask"], example["pooled"])
+        cond = told(cond, module.config, matching.guidance)
         _, metrics = matching_loss(predict, z0, cond, t, jax.random.normal(key, z0.shape), matching)
         return {name: metrics[name] for name in ("loss", "loss_detail", "loss_smooth")}
 

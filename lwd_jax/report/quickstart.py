@@ -83,9 +83,10 @@ def _lines(workdir: Path, *names: str) -> tuple[np.ndarray, ...]:
 def _what(photographs: list[Photograph], run: Run, config: Config, fast: bool) -> Section:
     words = open_latents(run.latents).metadata["text"]["length"] - 1  # the first token marks the beginning
     cut = sum(len(photograph.caption.split()) > words for photograph in photographs)
+    family = "FLUX" if config.models.backbone_variant.startswith("flux") else "SD3"
     scale_of_it = (
         f"Everything here was made on this machine from {len(photographs)} photographs, with a small autoencoder and "
-        f"a small SD3 backbone that began as random numbers and saw pictures of {config.resolution} x "
+        f"a small {family} backbone that began as random numbers and saw pictures of {config.resolution} x "
         f"{config.resolution} px."
     )
     can = (
@@ -98,8 +99,8 @@ def _what(photographs: list[Photograph], run: Run, config: Config, fast: bool) -
         "repeats them and does not generalise; the held-out squares are other views of the same photographs and "
         "overlap with those trained on; one seed of a short run says nothing about which arm is better at 2048 px; "
         "and the text encoder tells words apart without knowing their meaning, and reads the first "
-        f"{words} words of a caption ({cut} of the {len(photographs)} captions are longer). For that, start from SD3's "
-        "weights with the configs of stage1_ and stage2_."
+        f"{words} words of a caption ({cut} of the {len(photographs)} captions are longer). For that, start from "
+        f"{family}'s weights with the configs of full size."
     )
     blocks = [Text(scale_of_it), Text(can), Text(cannot, note=True)]
     if fast:

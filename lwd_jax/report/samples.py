@@ -18,10 +18,10 @@ from lwd_jax.config import Sampling
 from lwd_jax.data.text import TextEncoder
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
-from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.report.pipeline import FolderModels, WorkdirModels
 from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler
-from lwd_jax.sample.schedule import sigmas
+from lwd_jax.sample.schedule import noise_levels, sigmas
 
 INDEX = "samples.json"
 SIZE_UNIT = 16  # px: 8 of the autoencoder times 2 of a patch
@@ -35,7 +35,7 @@ class Request:
       prompts: one picture each; the position is the picture's index, which its noise depends on.
       negative: prompt to steer away from; "" = the empty caption of training.
       width, height: px.
-      sampling: solver, steps, guidance (at most 1 = off), shift.
+      sampling: solver, steps, both guidances (classifier-free: at most 1 = off), shift.
       seed: of the noise.
       batch: pictures at a time.
       dtype: of matrix products and activations, and of the parameters in memory.
@@ -132,7 +132,10 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, o
             f"The text states are {cond.tokens.shape[-1]} and pooled {cond.pooled.shape[-1]} wide, but the backbone of "
             f"'{models.path}' reads {width} and {pooled}."
         )
-    shape = (request.height // 8, request.width // 8, module.config.in_channels)
+    shape = (
+        *(side // module.config.latent_factor for side in (request.height, request.width)),
+        module.config.in_channels,
+    )
     count = len(request.prompts)
     if request.noise is not None and request.noise.shape != (count, *shape):
         (n, h, w, c), (height, width, channels) = request.noise.shape, shape
@@ -140,7 +143,8 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, o
             f"The latents given are {n} of {c} x {h} x {w}, but {count} of {channels} x {height} x {width} are needed."
         )
     sampler = make_sampler(module, request.sampling.solver)
-    levels = sigmas(request.sampling.steps, request.sampling.shift)
+    levels = noise_levels(request.sampling, module.config, *shape[:2])
+    cond, null = (told(each, module.config, request.sampling.embedded_guidance) for each in (cond, null))
     null = jax.tree.map(lambda x: np.repeat(x, request.batch, axis=0), null) if request.sampling.guidance > 1 else None
     done = []
     for start in range(0, count, request.batch):

@@ -4,8 +4,10 @@ A workdir says of itself, in MODEL_FILE, which model it trains (class and sizes,
 2, whose latents it trains on; so it can be opened without the folder it was started from.
 """
 
+import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,8 +26,7 @@ from lwd_jax.files import locate
 from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
 from lwd_jax.train.state import merge
 from lwd_jax.weights.folder import fingerprint
-from lwd_jax.weights.folder import read_config as read_foreign
-from lwd_jax.weights.model import Model, abstract_params, find_folder, init_params, load, unread
+from lwd_jax.weights.model import Model, abstract_params, find, init_params, load, unread
 
 MODEL_FILE = "model.json"
 
@@ -42,8 +43,14 @@ class Kind(NamedTuple):
 AUTOENCODER = Kind("autoencoder", AUTOENCODERS, "vae", 1)
 BACKBONE = Kind("backbone", BACKBONES, "transformer", 2)
 # Fields of a model's Config that change nothing here.
-_INERT = {"autoencoder": ("sample_size", "force_upcast"), "backbone": ("pos_embed_max_size",)}
+_INERT = {
+    "autoencoder": ("sample_size", "force_upcast"),
+    "backbone": ("pos_embed_max_size", "ntk", "proportional_attention"),
+}
 TRAINED = {kind.stage: kind for kind in (AUTOENCODER, BACKBONE)}
+_POSITIONS = ("ntk", "proportional_attention")  # fields of config.models that are FLUX's own
+
+log = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
@@ -180,11 +187,7 @@ def _from_workdir(kind: Kind, path: str, ema: bool, other_base: str, build: dict
 
 
 def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
-    foreign = read_foreign(find_folder(path, kind.subfolder))
-    found = foreign.get("_class_name")
-    if found not in kind.models:
-        raise UserError(f"{path} holds a model of class {found}, but {' or '.join(kind.models)} was expected.")
-    model = kind.models[found]
+    model, sizes, _ = find(kind.models, path, kind.subfolder)
 
     def params(shardings=None):
         return load(kind.models, path, subfolder=kind.subfolder, shardings=shardings, **build)[1]
@@ -192,7 +195,7 @@ def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
     def print_of() -> str:
         return fingerprint(unread(kind.models, path, subfolder=kind.subfolder))
 
-    return Opened(model, model.build(model.from_foreign(foreign), **build), params, print_of)
+    return Opened(model, model.build(sizes, **build), params, print_of)
 
 
 def open_model(
@@ -210,7 +213,8 @@ def open_model(
 
     Args:
       kind: AUTOENCODER or BACKBONE.
-      path: a diffusers folder (of the model or of a pipeline), a workdir, or "" for random parameters of `variant`.
+      path: a diffusers folder (of the model or of a pipeline), a file in FLUX's original layout, a workdir, or "" for
+        random parameters of `variant`.
       variant: what a path must hold; "" = anything.
       ema: of a workdir, the averaged parameters.
       base: of a run of adapters, where its base is now; "" = where it was.
@@ -231,10 +235,32 @@ def open_model(
     return opened
 
 
+def _with_positions(models: configs.Models, opened: Opened) -> Opened:
+    """A backbone with the run's NTK and proportional attention, whatever it started with: its workdir says so of itself
+    (MODEL_FILE), so that it is sampled with what it was trained with.
+
+    Raises:
+      UserError: settings that mean nothing to this backbone.
+    """
+    sizes, plain = opened.module.config, configs.Models()
+    asked = {name: getattr(models, name) for name in _POSITIONS}
+    known = {field.name for field in dataclasses.fields(sizes)}
+    for name, value in asked.items():
+        if name not in known and value != getattr(plain, name):
+            raise UserError(
+                f"models.{name} is {value}, but a {opened.model.class_name} has no such setting; remove it."
+            )
+        if name in known and opened.params is not None and value != getattr(sizes, name):
+            start = getattr(sizes, name)
+            log.warning("This run trains with models.%s %s, but what it starts from has %s.", name, value, start)
+    changed = dataclasses.replace(sizes, **{name: value for name, value in asked.items() if name in known})
+    return opened._replace(module=opened.module.clone(config=changed))
+
+
 def open_trained(config: configs.Config) -> Opened:
-    """The model that this run trains, with the config's dtypes and remat policy."""
+    """The model that this run trains, with the config's dtypes, remat policy and, in stage 2, positions."""
     kind = TRAINED[config.stage]
-    return open_model(
+    opened = open_model(
         kind,
         getattr(config.models, kind.field),
         getattr(config.models, f"{kind.field}_variant"),
@@ -243,6 +269,7 @@ def open_trained(config: configs.Config) -> Opened:
         param_dtype=jnp.dtype(config.param_dtype),
         remat=config.remat,
     )
+    return _with_positions(config.models, opened) if kind is BACKBONE else opened
 
 
 def open_autoencoder(config: configs.Config) -> Opened:

@@ -16,7 +16,7 @@ from lwd_jax.adapters.factors import is_factor, trainable
 from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
-from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts
@@ -166,7 +166,7 @@ def backbone_stage(
     def loss(params, batch, keys):
         with jax.named_scope("draw"):
             z0, noise, t = jax.vmap(draw)(keys, batch["mean"], batch["std"])
-        cond = Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"])
+        cond = told(Conditioning(batch["tokens"], batch["token_mask"], batch["pooled"]), model, matching.guidance)
 
         def predict(z_t, t, cond):
             with dropout(config.adapter.dropout, keys):

@@ -65,6 +65,11 @@ def stage_of(config: Config, opened: Opened, autoencoder: Any, tokens: int, perc
             f"The backbone reads latents of {opened.module.config.in_channels} channels, but the autoencoder makes "
             f"{autoencoder.latent_channels}."
         )
+    if config.matching.guidance != 1 and not opened.module.config.guidance_embeds:
+        raise UserError(
+            f"matching.guidance is {config.matching.guidance}, but this {opened.model.class_name} is told no guidance "
+            "scale; remove it."
+        )
     init = opened.init if config.adapter.kind == "none" else opened.init_frozen
     return backbone_stage(config, opened.module, init, functools.partial(scale, autoencoder), latent, tokens)
 

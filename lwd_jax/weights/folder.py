@@ -69,6 +69,11 @@ def read_config(folder: str | os.PathLike) -> dict:
     return read_json(folder / "config.json")
 
 
+def is_file(path: Path) -> bool:
+    """Whether it is a safetensors file by itself."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
 def _weights_file(folder: Path) -> Path:
     """The safetensors file or index of a folder: the plain one, or the only variant (such as .fp16)."""
     if not folder.is_dir():
@@ -111,10 +116,11 @@ def _sharded(index: Path) -> dict[str, Stored]:
 
 
 class Tensors(Mapping):
-    """The tensors of a diffusers model folder: name -> Stored, nothing read but the headers."""
+    """The tensors of a diffusers model folder, or of one file: name -> Stored, nothing read but the headers."""
 
     def __init__(self, folder: str | os.PathLike):
-        path = _weights_file(on_disk(folder, "A diffusers folder"))
+        path = on_disk(folder, "A diffusers folder")
+        path = path if is_file(path) else _weights_file(path)
         self._stored = header(path) if path.suffix == ".safetensors" else _sharded(path)
 
     def __getitem__(self, name: str) -> Stored:

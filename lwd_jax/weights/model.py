@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from etils.epath import Path
 from flax import linen as nn
 
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError
 from lwd_jax.files import on_disk
-from lwd_jax.weights.folder import Tensors, read_config, write_folder
+from lwd_jax.weights.folder import Tensors, is_file, read_config, write_folder
 from lwd_jax.weights.table import read, unread_params, write
 
 _INIT_RESOLUTION = 64  # px; parameter shapes do not depend on it
@@ -30,6 +30,8 @@ class Model(NamedTuple):
       inputs: (config, resolution in px, batch) -> the arguments of the module, as ShapeDtypeStructs.
       extended: (config, params, resolution in px) -> (config, params) of the model that diffusers can run at that
         resolution too, with the output it has here.
+      original: the tensors of a file -> (config, the same tensors under diffusers' names) if it is this model in the
+        layout it was first published in, else None.
     """
 
     class_name: str
@@ -40,6 +42,7 @@ class Model(NamedTuple):
     to_foreign: Callable
     inputs: Callable
     extended: Callable = lambda config, params, resolution: (config, params)
+    original: Callable = lambda tensors: None
 
 
 def _initialiser(model: Model, config, param_dtype) -> Callable:
@@ -72,17 +75,41 @@ def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
     return folder / subfolder if (folder / "model_index.json").is_file() else folder
 
 
+def find(models: Mapping[str, Model], folder: str | os.PathLike, subfolder: str) -> tuple[Model, Any, Callable]:
+    """Which model a folder holds, or a file in the layout that a model was first published in.
+
+    Args:
+      models: class name -> Model, those that may be there.
+      folder: of the model, or of a pipeline that has it in `subfolder`; or a safetensors file.
+
+    Returns:
+      (model, config, () -> its tensors under diffusers' names). No tensor is read yet.
+
+    Raises:
+      UserError: no such folder, or it holds another model.
+    """
+    folder = find_folder(folder, subfolder)
+    if is_file(folder):
+        tensors = Tensors(folder)
+        for model in models.values():
+            if found := model.original(tensors):
+                return model, found[0], lambda: found[1]
+        raise UserError(f"{folder} is no {' or '.join(models)} in a layout that is read from a single file.")
+    foreign = read_config(folder)
+    name = foreign.get("_class_name")
+    if name not in models:
+        raise UserError(f"{folder} holds a model of class {name}, but {' or '.join(models)} was expected.")
+    return models[name], models[name].from_foreign(foreign), lambda: Tensors(folder)
+
+
 def unread(models: Mapping[str, Model], folder: str | os.PathLike, *, subfolder: str = "") -> Any:
     """The parameters of a diffusers folder as leaves that np.asarray reads, one at a time, in float32.
 
     Raises:
       UserError: see `load`.
     """
-    folder = find_folder(folder, subfolder)
-    foreign = read_config(folder)
-    model = choose(models, foreign.get("_class_name", ""), "model class")
-    config = model.from_foreign(foreign)
-    return unread_params(model.rows(config), Tensors(folder), abstract_params(model, config))
+    model, config, tensors = find(models, folder, subfolder)
+    return unread_params(model.rows(config), tensors(), abstract_params(model, config))
 
 
 def load(
@@ -95,11 +122,11 @@ def load(
     remat: str = "none",
     shardings=None,
 ) -> tuple[nn.Module, Any]:
-    """Reads a diffusers folder, parameter by parameter.
+    """Reads a diffusers folder, or a file in a model's original layout, parameter by parameter.
 
     Args:
       models: class name -> Model, those that may be there.
-      folder: of the model, or of a pipeline that has it in `subfolder`.
+      folder: see `find`.
       dtype: of matrix products and activations.
       param_dtype: of the parameters.
       remat: the module's remat policy.
@@ -111,20 +138,14 @@ def load(
     Raises:
       UserError: no such folder, a pickle, a checkpoint of another model, or one that the table does not cover exactly.
     """
-    folder = find_folder(folder, subfolder)
-    foreign = read_config(folder)
-    found = foreign.get("_class_name")
-    if found not in models:
-        raise UserError(f"{folder} holds a model of class {found}, but {' or '.join(models)} was expected.")
-    model = models[found]
-    config = model.from_foreign(foreign)
+    model, config, tensors = find(models, folder, subfolder)
     module = model.build(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
     abstract = abstract_params(model, config, param_dtype)
     places = shardings(abstract) if callable(shardings) else shardings
     try:
-        return module, read(model.rows(config), Tensors(folder), abstract, shardings=places)
+        return module, read(model.rows(config), tensors(), abstract, shardings=places)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{find_folder(folder, subfolder)}: {error}") from error
 
 
 def save(model: Model, folder: str | os.PathLike, module: nn.Module, params, **kinds) -> None:

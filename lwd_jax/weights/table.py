@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from lwd_jax.errors import UserError
-from lwd_jax.weights.layout import SAME, Layout, foreign_shape
+from lwd_jax.weights.layout import LINEAR, SAME, Layout, foreign_shape
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
 _LISTED = 4  # how many names an error lists before it only counts
@@ -38,6 +38,14 @@ class Row(NamedTuple):
     start: int = 0
     count: int = 0
     older: str = ""
+
+
+def linear_rows(foreign: str, ours: str, start: int = 0, count: int = 0) -> list[Row]:
+    """The rows of a linear layer with a bias; `foreign` and `ours` are those of the layer."""
+    return [
+        Row(f"{foreign}.weight", f"{ours}/kernel", LINEAR, start, count),
+        Row(f"{foreign}.bias", f"{ours}/bias", start=start, count=count),
+    ]
 
 
 def _run(row: Row, pattern: str) -> list[str]:

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import twins
 
 from lwd_jax.backbones import sd3
 from lwd_jax.weights.model import abstract_params
-from lwd_jax.weights.table import read, write
+from lwd_jax.weights.table import read
 
 PLAIN = sd3.Config(
     sample_size=32, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=3,
@@ -26,12 +27,8 @@ def foreign_model(config):
     return model
 
 
-def tensors_of(model) -> dict:
-    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-
-
 def params_of(config, model):
-    return read(sd3.weights(config), tensors_of(model), abstract_params(sd3.BACKBONE, config))
+    return read(sd3.weights(config), twins.tensors_of(model), abstract_params(sd3.BACKBONE, config))
 
 
 def foreign_call(model, z_t, t, cond):
@@ -47,16 +44,7 @@ def foreign_output(model, z_t, t, cond) -> np.ndarray:
     return foreign_call(model, z_t, t, cond)[1].detach().numpy()
 
 
-def apart(ours, theirs, floor=0.0) -> float:
-    """Relative error in the 2-norm; `floor` stands in for gradients that are 0 but for rounding."""
-    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor))
-
-
-def assert_gradients_equal(config, ours, model, bound: float = 1e-4) -> None:
-    """Ours against those that torch has left on the parameters of `model`, each relative to its own length."""
-    made = dict(write(sd3.weights(config), ours))
-    theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-    typical = float(np.median([np.linalg.norm(gradient) for gradient in theirs.values()]))
-    worst = max((apart(made[name], gradient, 1e-3 * typical), name) for name, gradient in theirs.items())
-    assert worst[0] <= bound, worst
+def assert_gradients_equal(config, ours, model) -> None:
+    """See `twins.assert_gradients_equal`."""
+    twins.assert_gradients_equal(sd3.weights(config), ours, model)
     assert not np.any(ours["position"]["table"]), "the position table is not trained"

@@ -11,16 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import rounded, shapes, traced
-from sd3_twin import (
-    PLAIN,
-    apart,
-    assert_gradients_equal,
-    foreign_call,
-    foreign_model,
-    foreign_output,
-    params_of,
-    tensors_of,
-)
+from sd3_twin import PLAIN, assert_gradients_equal, foreign_call, foreign_model, foreign_output, params_of
+from twins import apart, tensors_of
 
 from lwd_jax.backbones import load_backbone, save_backbone, sd3
 from lwd_jax.errors import UserError

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from sd3_twin import PLAIN, apart, foreign_model, foreign_output, params_of, tensors_of
+from sd3_twin import PLAIN, foreign_model, foreign_output, params_of
+from twins import apart, tensors_of
 
 from lwd_jax.backbones import extend_backbone, sd3
 from lwd_jax.nn.conditioning import Conditioning

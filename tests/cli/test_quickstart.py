@@ -20,6 +20,7 @@ from PIL import Image
 from lwd_jax.cli import main, quickstart
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.cli.quickstart import WORDS, Clock, Part
+from lwd_jax.config import Models
 from lwd_jax.parallel.mesh import batch_parts, make_mesh
 from lwd_jax.report import quickstart as report
 from lwd_jax.report.photographs import Photograph, shipped
@@ -74,11 +75,12 @@ def test_quickstart_from_photographs_to_report(tmp_path):
     assert again.stdout.count("(done before)") == 11  # all but the report
 
 
+@pytest.mark.parametrize("backbone", quickstart.BACKBONES)
 @pytest.mark.parametrize("count, pictures_over", [(1, 1), (3, 1), (8, 4)])
-def test_its_batches_divide_over_any_number_of_devices(tmp_path, monkeypatch, count, pictures_over):
+def test_its_batches_divide_over_any_number_of_devices(tmp_path, monkeypatch, count, pictures_over, backbone):
     """The words of every lwd train in it give a mesh of all devices, and programs whose sizes divide."""
     monkeypatch.setattr(jax, "device_count", lambda: count)
-    parts = quickstart._parts(Run(tmp_path), shipped()[:2], fast=True)
+    parts = quickstart._parts(Run(tmp_path), shipped()[:2], fast=True, backbone=backbone)
     commands = [part.work for part in parts if not callable(part.work) and part.work[0] == "train"]
     assert len(commands) == 5
     for words in commands:
@@ -111,7 +113,8 @@ def test_the_report_says_what_was_cut(tmp_path, monkeypatch):
     photographs = [Photograph("a", "one two three", None), Photograph("b", "one two three four", None)]
 
     def said(fast):
-        section = report._what(photographs, Run(tmp_path), SimpleNamespace(resolution=128), fast)
+        config = SimpleNamespace(resolution=128, models=Models(backbone_variant="tiny"))
+        section = report._what(photographs, Run(tmp_path), config, fast)
         return " ".join(block.text for block in section.blocks)
 
     assert "the first 3 words of a caption (1 of the 2 captions" in said(False) and "--fast" not in said(False)

@@ -1,11 +1,11 @@
-"""Laws of text states: hashed words, and SD3's three encoders against the diffusers pipeline."""
+"""Laws of text states: hashed words, and SD3's and FLUX's encoders against the diffusers pipelines."""
 
 import json
 
 import numpy as np
 import pytest
 
-from lwd_jax.data.text import hashed_words, open_text_encoder, sd3
+from lwd_jax.data.text import flux, hashed_words, kind_of, open_text_encoder, sd3
 from lwd_jax.errors import UserError
 
 CAPTIONS = ["a lighthouse at dusk", "", "red fox, Red Fox!", " ".join(["lighthouse"] * 90)]
@@ -199,3 +199,57 @@ def test_mistakes(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'lwd_jax\[text\]'"):
         sd3(folder)
+
+
+# ------------------------------------------------------------------------------------------------ FLUX's encoders
+
+
+@pytest.fixture(scope="module")
+def flux_folder(folder, tmp_path_factory):
+    """The same T5 and the first CLIP, where FluxPipeline has them."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("flux")
+    for ours, theirs in (
+        ("tokenizer", "tokenizer"),
+        ("tokenizer_2", "tokenizer_3"),
+        ("text_encoder_2", "text_encoder_3"),
+    ):
+        (root / ours).symlink_to(folder / theirs)
+    clip = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    clip.save_pretrained(root / "text_encoder")
+    return root
+
+
+def test_flux_equals_the_diffusers_pipeline(flux_folder, folder):
+    torch = pytest.importorskip("torch")
+    import diffusers
+    import transformers
+
+    clip = transformers.CLIPTextModel.from_pretrained(flux_folder / "text_encoder")
+    pipeline = diffusers.FluxPipeline(
+        transformer=diffusers.FluxTransformer2DModel(
+            num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1, axes_dims_rope=(4, 4, 8)
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=diffusers.AutoencoderKL(), text_encoder=clip,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(flux_folder / "tokenizer"),
+        text_encoder_2=transformers.T5EncoderModel.from_pretrained(flux_folder / "text_encoder_2"),
+        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(flux_folder / "tokenizer_2"),
+    )  # fmt: skip
+    encoder = flux(flux_folder, max_length=40)
+    states = encoder.encode(CAPTIONS)
+    with torch.no_grad():
+        tokens, pooled, _ = pipeline.encode_prompt(CAPTIONS, max_sequence_length=40)
+    assert states.tokens.shape == tokens.shape == (4, 40, 48) and states.pooled.shape == (4, 16)
+    assert (encoder.length, encoder.width, encoder.pooled) == (40, 48, 16) and states.mask.all()
+    np.testing.assert_allclose(states.tokens, tokens.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states.pooled, pooled.numpy(), rtol=1e-5, atol=1e-6)
+    assert (kind_of(flux_folder), kind_of(folder)) == ("flux", "sd3")
+    again = open_text_encoder(json.loads(json.dumps(encoder.describe())), flux_folder)
+    assert again.fingerprint == encoder.fingerprint != flux(flux_folder, max_length=41).fingerprint
+
+
+def test_flux_without_a_t5_is_refused(flux_folder, tmp_path):
+    for part in ("tokenizer", "text_encoder", "tokenizer_2"):
+        (tmp_path / part).symlink_to(flux_folder / part)
+    with pytest.raises(UserError, match="no folder 'text_encoder_2', which FLUX's"):
+        flux(tmp_path)

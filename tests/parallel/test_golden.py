@@ -24,7 +24,7 @@ from lwd_jax.train.state import state_shardings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = sorted(file.stem for file in CONFIGS.glob("stage*.py"))
+NAMES = sorted(file.stem for file in CONFIGS.glob("*.py") if not file.stem.startswith("quickstart"))
 SLICE = re.compile(r"Slice: (\S+) \((\d+) chips\)")
 # Whole on every chip although over SMALL: biases stacked over the blocks of a scan. Each block's own is far below it
 # (held below), and is needed whole for a moment's addition: gathering it block by block would cost more than it saves.

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lwd_jax.backbones import sd3
-from lwd_jax.plan.flops import TRAINING, sd3_forward
+from lwd_jax.backbones import flux, sd3
+from lwd_jax.plan.flops import TRAINING, backbone_forward, flux_forward, sd3_forward
 
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "tiny"])
@@ -30,3 +30,28 @@ def test_figures_of_a_training_step():
     medium = sd3.VARIANTS["sd3-medium"]
     assert TRAINING * sd3_forward(medium, 128, 128, 333) == pytest.approx(26.8e12, rel=0.01)
     assert TRAINING * sd3_forward(medium, 512, 512, 333) == pytest.approx(2190e12, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", flux.VARIANTS)
+def test_flux_forward_is_torchs_count(variant):
+    torch = pytest.importorskip("torch")
+    from diffusers import FluxTransformer2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, (height, width, text) = flux.VARIANTS[variant], (48, 32, 77)
+    picture, empty = height * width // 4, torch.empty
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = FluxTransformer2DModel(**flux.to_foreign(config))
+        with torch.no_grad():
+            model(
+                empty(1, picture, 64), empty(1, text, config.joint_attention_dim),
+                empty(1, config.pooled_projection_dim), empty(1), torch.zeros(picture, 3), torch.zeros(text, 3),
+                guidance=empty(1) if config.guidance_embeds else None,
+            )  # fmt: skip
+    assert backbone_forward(config, height, width, text) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("px", "teraflops"), [(1024, 223), (2048, 1254), (4096, 11725)])
+def test_figures_of_a_training_step_of_flux(px, teraflops):
+    dev = flux.VARIANTS["flux-dev"]
+    assert TRAINING * flux_forward(dev, px // 8, px // 8, 512) == pytest.approx(teraflops * 1e12, rel=0.003)

@@ -5,13 +5,20 @@ import pytest
 from lwd_jax.report.card import _use
 from lwd_jax.report.pipeline import TEXT_PARTS
 
-SAMPLING = {"solver": "euler", "steps": 3, "guidance": 2.0, "shift": 1.0}
+SAMPLING = {"solver": "euler", "steps": 3, "guidance": 2.0, "embedded_guidance": 3.5, "shift": 1.0}
 
 
-def code(kind, absent=TEXT_PARTS):
+def code(kind, absent=TEXT_PARTS, pipeline="StableDiffusion3Pipeline"):
     text = {"kind": kind} if kind else {}
-    manifest = {"stage": 2, "form": "merged", "dtype": "float32", "config": {"resolution": 64}, "sampling": SAMPLING}
-    manifest["text"] = text
+    manifest = {
+        "stage": 2,
+        "form": "merged",
+        "pipeline": pipeline,
+        "dtype": "float32",
+        "config": {"resolution": 64},
+        "sampling": SAMPLING,
+        "text": text,
+    }
     return _use(manifest, list(absent))
 
 
