@@ -122,9 +122,9 @@ picture = pipe(
 
 _ADAPTERS_USE = """```python
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import {pipeline}
 
-pipe = StableDiffusion3Pipeline.from_pretrained("BASE", torch_dtype=torch.{dtype})  # fill in: the base
+pipe = {pipeline}.from_pretrained("BASE", torch_dtype=torch.{dtype})  # fill in: the base
 pipe.load_lora_weights(folder)
 ```"""
 _KOHYA_USE = "For programs that read the names of kohya's scripts, such as ComfyUI; diffusers reads the other layout."
@@ -165,7 +165,7 @@ def _use(manifest: dict, absent: list[str]) -> str:
     if manifest["stage"] == 1:
         return _AUTOENCODER_USE
     if manifest["form"] != "merged":
-        return _ADAPTERS_USE.format(dtype=manifest["dtype"]) if manifest["form"] == "adapter" else _KOHYA_USE
+        return _ADAPTERS_USE.format(**manifest) if manifest["form"] == "adapter" else _KOHYA_USE
     sampling, text = manifest["sampling"], manifest["text"]
     needs_folder = text.get("kind") != "hashed_words"
     return (_STATES_USE if "text_encoder" in absent else _PIPELINE_USE).format(

@@ -119,12 +119,13 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, 
 
 
 def _export_adapters(folder: Path, models: WorkdirModels, dtype, form: str) -> tuple[dict, dict, int]:
-    """The adapters of a run alone."""
+    """The adapters of a run alone; of model_index.json, which does not come of it, the pipeline they are for."""
     name, layout = FORMS[form]
     _, module, params, step = models.trained()
     write_file(folder / name, weights_of(module), params, layout=layout, dtype=dtype)
     base = read_description(models.path)["base"]["fingerprint"]
-    return {}, {"adapters": fingerprint(saved(params)), "their base": base}, step
+    parts = {"_class_name": FAMILIES[class_of(module)].pipeline}
+    return parts, {"adapters": fingerprint(saved(params)), "their base": base}, step
 
 
 def _writer(models: WorkdirModels, form: str):
@@ -177,12 +178,12 @@ def export(
     write = _writer(models, form)
     with staged(out, overwrite, MANIFEST) as folder:
         parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
-        if parts:
+        if FORMS[form] is None:
             _write_json(folder / INDEX, {"_diffusers_version": DIFFUSERS_VERSION} | parts)
         manifest = {
             "stage": stage,
             "form": form,
-            "pipeline": parts.get("_class_name", ""),
+            "pipeline": parts["_class_name"],
             "step": step,
             "weights": models.describe()["weights"],
             "dtype": dtype,
