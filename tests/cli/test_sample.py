@@ -34,6 +34,7 @@ def test_pictures_carry_what_made_them(run, tmp_path, capsys):
     index = json.loads((out / "samples.json").read_text())
     assert [entry["prompt"] for entry in index["samples"]] == ["a cat", "a cat", "eine Straße", "eine Straße"]
     expected = {"steps": 3, "guidance": 3.0, "shift": 1.5, "solver": "euler", "dtype": "float32"}
+    expected |= {"shift_rule": "static", "embedded_guidance": 3.5}
     assert index["settings"] == expected and index["models"]["weights"] == "ema"
     assert sorted(path.name for path in out.iterdir()) == [*(f"{i:05d}.png" for i in range(4)), "samples.json"]
     for number, entry in enumerate(index["samples"]):
