@@ -72,6 +72,7 @@ def test_there_are_configs():
     assert {f"stage1_flux_{px}" for px in (512, 1024)} | {f"flux_full_{px}" for px in (1024, 2048)} <= set(names(FILES))
     assert {f"stage2_sd35_{size}_{px}" for size in ("medium", "large") for px in (1024, 2048)} <= set(names(FILES))
     assert {f"stage2_sd3_lora_{px}" for px in (1024, 2048)} <= set(names(FILES))
+    assert {"flux_lora_1024", "flux_lora_2048", "flux_minor_4096"} <= set(names(FILES))
 
 
 @pytest.mark.parametrize("file", FILES, ids=names(FILES))

@@ -55,7 +55,7 @@ def stage(sizes, guidance):
     """(stage 2 of a module that does nothing, the conditionings that it was given)."""
     given = []
 
-    def apply(variables, z_t, t, cond):
+    def apply(variables, z_t, t, cond, rngs):
         given.append(cond)
         return z_t
 
