@@ -22,7 +22,7 @@ from lwd_jax.parallel.rules import batch_shardings
 from lwd_jax.plan.compile import resident_bytes
 from lwd_jax.plan.count import Operations, operations_of
 from lwd_jax.plan.flops import TRAINING, backbone_forward
-from lwd_jax.plan.programs import abstract_stage, placed
+from lwd_jax.plan.programs import abstract_stage, placed, spared
 from lwd_jax.plan.result import Result
 from lwd_jax.plan.topology import Topology
 from lwd_jax.plan.traffic import BETWEEN_SLICES, SENT, Traffic
@@ -130,7 +130,7 @@ def _sizes(config: Config, stage: Stage, plain: Operations) -> _Sizes:
         return _Sizes(plain.total, 1, height // max(scales, default=1), blocks, None)
     height, width = stage.batch["mean"].shape[1:3]
     rows, columns, text = height // sizes.patch_size, width // sizes.patch_size, stage.batch["tokens"].shape[1]
-    model = float(TRAINING * backbone_forward(sizes, height, width, text))
+    model = float(TRAINING * backbone_forward(sizes, height, width, text)) - spared(config)
     tokens = Tokens(rows * columns + text, sizes.width, sizes.blocks)
     return _Sizes(model, sizes.num_attention_heads, rows, sizes.blocks, tokens)
 

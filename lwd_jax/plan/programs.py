@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from lwd_jax.config import Config
+from lwd_jax.config import Adapter, Config
 from lwd_jax.data.latents import make_posterior, open_latents
 from lwd_jax.errors import UserError
 from lwd_jax.nn import attention
@@ -25,7 +25,7 @@ from lwd_jax.parallel.rules import batch_shardings, param_shardings, replicated
 from lwd_jax.plan.count import Operations, operations
 from lwd_jax.plan.flops import TRAINING, backbone_forward
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, Opened, open_autoencoder, open_model, open_trained
-from lwd_jax.train.program import Stage, build_program, trained_paths
+from lwd_jax.train.program import Stage, abstract_state, build_program, trained_paths
 from lwd_jax.train.setup import stage_of
 from lwd_jax.train.state import merge, split
 
@@ -140,6 +140,20 @@ def gradient_operations(config: Config, stage: Stage, abstract_params: Any) -> O
     return operations(gradient, loss, trainable, frozen, unplaced(stage.batch), keys)
 
 
+def spared(config: Config) -> float:
+    """FLOPs of one train step that adapters need less than training whole: gradients by the frozen weights, beside
+    which their own are few. Counted of both; what a kernel repeats and pads is in both, and falls out."""
+    if config.adapter.kind == "none":
+        return 0.0
+
+    def counted(config: Config) -> float:
+        plain = dataclasses.replace(config, remat="none")
+        stage = abstract_stage(plain)
+        return gradient_operations(plain, stage, abstract_state(plain, stage).params).total
+
+    return counted(dataclasses.replace(config, adapter=Adapter())) - counted(config)
+
+
 def _train(plans: Plans) -> Planned:
     config = plans.config
     stage = abstract_stage(config)
@@ -158,7 +172,7 @@ def _train(plans: Plans) -> Planned:
             backbone = open_trained(config).module.config
             side = stage.batch["mean"].shape[1]
             each = backbone_forward(backbone, side, side, stage.batch["tokens"].shape[1])
-            return TRAINING * config.data.batch_size * each
+            return TRAINING * config.data.batch_size * each - spared(config)
         plain = dataclasses.replace(config, remat="none")
         with plans.traced():
             return gradient_operations(plain, abstract_stage(plain), program.state.params).total

@@ -150,7 +150,7 @@ def _from_adapters(kind: Kind, path: str, described: dict, ema: bool, other_base
     """The model of a run of adapters: its base, which is checked to be the one they were trained over, and they."""
     config = read_config(path)
     named = other_base or config.models.backbone
-    if not locate(named).is_dir():
+    if not locate(named).exists():
         raise UserError(f"The base of the adapters of '{path}', '{named}', is gone; name it with --base.")
     base = open_model(kind, named, "", ema=config.models.ema, **build)
 
@@ -164,7 +164,10 @@ def _from_adapters(kind: Kind, path: str, described: dict, ema: bool, other_base
     def both() -> str:
         return hashlib.sha256(f"{base.fingerprint()} {fingerprint(factors())}".encode()).hexdigest()
 
-    return base._replace(params=params, fingerprint=both, adapters=(*base.adapters, config.adapter))
+    # The sizes are the base's, but the positions are those that the run was trained with.
+    module = base.module.clone(config=base.model.from_foreign(described["model"]))
+    adapters = (*base.adapters, config.adapter)
+    return base._replace(module=module, params=params, fingerprint=both, adapters=adapters)
 
 
 def _from_workdir(kind: Kind, path: str, ema: bool, other_base: str, build: dict) -> Opened:

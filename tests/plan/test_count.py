@@ -8,11 +8,16 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
+from lwd_jax.adapters import attach
+from lwd_jax.adapters.factors import trainable
 from lwd_jax.backbones import sd3
+from lwd_jax.config import Adapter
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.plan.count import operations
 from lwd_jax.plan.flops import TRAINING, sd3_forward
+from lwd_jax.train.state import merge, split
 from lwd_jax.weights.model import abstract_params
+from lwd_jax.weights.table import flat
 
 
 def array(*shape):
@@ -128,3 +133,17 @@ def test_training_is_three_times_forward():
     gradient = jax.grad(lambda params, *rest: predict(params, *rest).sum())
     counted = operations(gradient, *arguments).total
     assert counted == pytest.approx(TRAINING * sd3_forward(PLAIN, SIDE, SIDE, TEXT), rel=0.02)
+
+
+def test_training_adapters_asks_for_no_gradient_by_the_frozen_weights():
+    """Forward, gradient by what each product reads, and for attention, which reads two, one more."""
+    predict, arguments = forward(PLAIN)
+    base, *rest = arguments
+    params = jax.eval_shape(lambda params, key: attach(params, key, Adapter("lora", 1)), base, jax.random.key(0))
+    parts = split(params, frozenset(trainable(flat(params))))
+    gradient = jax.grad(lambda trained, frozen, *rest: predict(merge(frozen, trained), *rest).sum())
+    counted = operations(gradient, *parts, *rest).total
+    picture = (SIDE // 2) ** 2
+    both, wide = picture + TEXT, PLAIN.width
+    attention = 4 * both * both * wide + 4 * picture * both * wide  # of both blocks; the last one's text asks nothing
+    assert counted == pytest.approx(2 * sd3_forward(PLAIN, SIDE, SIDE, TEXT) + attention, rel=0.03)

@@ -6,12 +6,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_models import FLUX, KL, SD3, write_pipeline
+from tiny_models import FLUX, KL, SD3, backbone, write_pipeline
 
-from lwd_jax.backbones import BACKBONES
-from lwd_jax.config import load_config
+from lwd_jax.adapters import attach
+from lwd_jax.adapters.peft import FILE, write_file
+from lwd_jax.backbones import BACKBONES, flux
+from lwd_jax.config import Adapter, load_config
 from lwd_jax.errors import UserError
-from lwd_jax.train.models import BACKBONE, describe, open_trained
+from lwd_jax.report.export import import_models
+from lwd_jax.report.pipeline import open_models
+from lwd_jax.train.models import BACKBONE, MODEL_FILE, describe, open_trained
 from lwd_jax.train.setup import stage_of
 
 ASKED = {"ntk": (10.0, 4.0), "proportional_attention": True}
@@ -28,6 +32,18 @@ def test_a_run_trains_with_its_own_and_its_workdir_says_so(tmp_path, caplog):
     assert "models.ntk (10.0, 4.0), but what it starts from has (1.0, 1.0)" in caplog.text
     described = json.loads(describe(BACKBONE, run, {}))["model"]
     assert BACKBONES[described["_class_name"]].from_foreign(described) == run.module.config
+
+
+def test_adapters_are_opened_with_the_positions_of_their_run(tmp_path):
+    """Not with those of their base."""
+    folder = write_pipeline(tmp_path / "base", sizes=FLUX)
+    params = attach(backbone(1, FLUX)[1], jax.random.key(0), Adapter("lora", 2))
+    write_file(tmp_path / FILE, flux.weights(FLUX), params)
+    import_models(folder, tmp_path / "run", adapter=str(tmp_path / FILE))
+    run = opened(backbone=str(folder), backbone_variant="", **ASKED)
+    file = tmp_path / "run" / MODEL_FILE
+    file.write_text(describe(BACKBONE, run, {"base": json.loads(file.read_text())["base"]}))
+    assert open_models(tmp_path / "run").backbone()[0].config == run.module.config != FLUX
 
 
 def test_what_is_as_it_was_is_not_told(tmp_path, caplog):
