@@ -360,9 +360,8 @@ def _adapters(run: Run) -> Section:
     about = (
         f"A LoRA of rank {config.adapter.rank} was trained over the base for {config.training.steps} steps under the "
         "mask; the base's own weights stayed as they were. Both were exported as diffusers reads them, the base as a "
-        "folder and the LoRA as a file, and that file was imported over that folder as anyone's would be. What the run "
-        "draws and what is read back draws must be equal; that both differ from the base shows that there is something "
-        "to lose on the way."
+        "folder and the LoRA as a file, and that file was imported over that folder as anyone's would be. The run and "
+        "what was read back must draw the same; how far both are from the base is what could have been lost."
     )
     code = (
         "In PyTorch, with diffusers and PEFT. The pipeline takes text states, because captions were encoded by "
