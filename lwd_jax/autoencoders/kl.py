@@ -395,7 +395,8 @@ def from_foreign(foreign: dict[str, Any]) -> Config:
 def to_foreign(config: Config) -> dict[str, Any]:
     """The full diffusers config."""
     values = {name: getattr(config, ours) for ours, (name, _) in _FIELDS.items()}
-    values |= {"block_out_channels": list(config.block_out_channels), "shift_factor": config.shift or None}
+    # A shift of 0 is written as one: the pipelines of SD3 and FLUX add it, and cannot add null.
+    values["block_out_channels"] = list(config.block_out_channels)
     return values | _fixed(len(config.block_out_channels))
 
 

@@ -1,5 +1,5 @@
 """Runs the whole job on real photographs, on any machine: prepare, stage 1, encode, stage 2 (plain and LWD), sample,
-export.
+export. With --backbone flux also a LoRA, to the file that PyTorch reads and back.
 
 Without --images it takes eight photographs that ship with scikit-image and scikit-learn: nothing is downloaded. Each
 part is an ordinary lwd command, printed as you would type it. Interrupt it and run it again: it goes on where it was.
@@ -18,6 +18,7 @@ import jax
 from etils.epath import Path
 
 import lwd_jax
+from lwd_jax.adapters.peft import FILE as ADAPTER_FILE
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.data.dataset import INDEX as DATASET_INDEX
 from lwd_jax.data.latents import METADATA
@@ -33,12 +34,16 @@ from lwd_jax.train.checkpoint import FOLDER
 EXAMPLE = "lwd quickstart --workdir runs/quickstart\n  lwd quickstart --images ~/photographs --workdir runs/mine"
 CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
+COMPARED = 4  # prompts, drawn with a LoRA and with what is read back of it
 WORDS = 11  # of a caption that are read; the text encoder adds one token for the beginning
 STEPS = {"before": 210, "after": 50, "base": 240, "arm": 60}  # training steps of the parts
 FAST_STEPS = 3
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 # Of stage 2. FLUX is sampled with the guidance that it was told in training, 1.
 BACKBONES = {"sd3": {}, "flux": {"models__backbone_variant": "flux-tiny", "sampling__embedded_guidance": 1.0}}
+ADAPTED = ("flux",)  # backbones that a LoRA is trained over as well
+# alpha is not the rank, so that the file holds factors which a scale was multiplied into.
+LORA = {"adapter__kind": "lora", "adapter__rank": 8, "adapter__alpha": 16.0, "optimizer__learning_rate": 2e-3}
 
 
 def arguments(parser) -> None:
@@ -170,9 +175,22 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     ]
 
 
+def _sample(title: str, models: Path, photographs: list[Photograph], out: Path, fast: bool) -> Part:
+    """Draws the captions of photographs."""
+    prompts = [f"--prompt={photograph.caption}" for photograph in photographs]
+    few = ["--steps=2"] if fast else []
+    words = ["sample", f"--models={models}", *prompts, f"--out={out}", "--batch=2", *few]
+    return Part(title, words, out / SAMPLES_INDEX)
+
+
+def _inputs(run: Run, backbone: str) -> dict:
+    """Config fields of what every run of stage 2 works with."""
+    return {"data__latents": run.latents, "models__autoencoder": run.after} | BACKBONES[backbone]
+
+
 def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool, backbone: str) -> list[Part]:
     base, arm_steps = (FAST_STEPS if fast else STEPS[name] for name in ("base", "arm"))
-    data = {"data__latents": run.latents, "models__autoencoder": run.after} | BACKBONES[backbone]
+    data = _inputs(run, backbone)
     plain = {"matching__mask": "everywhere", "training__preview_every": 0}  # both arms' previews begin with it
     if not fast:  # where it is one of the arms' steps, compiled once
         plain |= {"optimizer__learning_rate": 1e-3, "training__ema": 0.99}
@@ -183,14 +201,31 @@ def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool, backbon
     for arm, workdir in run.arms().items():
         words = _train(2, workdir, arm_steps, fast, models__backbone=run.base, matching__mask=masks[arm], **data)
         parts.append(Part(titles[arm], words, workdir / FOLDER / str(arm_steps)))
-    prompts = [f"--prompt={photograph.caption}" for photograph in photographs[:SAMPLED]]
-    few = ["--steps=2"] if fast else []
     for arm, workdir in run.arms().items():
-        out = run.samples()[arm]
-        words = ["sample", f"--models={workdir}", *prompts, f"--out={out}", "--batch=2", *few]
-        parts.append(Part(f"sample with the {arm} backbone", words, out / SAMPLES_INDEX))
+        title = f"sample with the {arm} backbone"
+        parts.append(_sample(title, workdir, photographs[:SAMPLED], run.samples()[arm], fast))
     export = ["export", f"--workdir={run.lwd}", f"--out={run.export}"]
     return [*parts, Part("export: a diffusers folder", export, run.export / MANIFEST)]
+
+
+def _adapter_parts(run: Run, photographs: list[Photograph], fast: bool, backbone: str) -> list[Part]:
+    """A LoRA over the base, both as PyTorch's pipelines read them, and what is read back of that."""
+    steps = FAST_STEPS if fast else STEPS["arm"]
+    fields = _inputs(run, backbone) | LORA | {"models__backbone": run.base, "training__preview_every": 0}
+    words = _train(2, run.lora, steps, fast, matching__mask="time", **fields)
+    base = ["export", f"--workdir={run.base}", f"--out={run.base_export}"]
+    lora = ["export", f"--workdir={run.lora}", f"--out={run.lora_export}", "--form=adapter"]
+    back = ["import", f"--models={run.base_export}", f"--adapter={run.lora_export / ADAPTER_FILE}"]
+    parts = [
+        Part("stage 2, LoRA: adapters over the base", words, run.lora / FOLDER / str(steps)),
+        Part("export: the base, a diffusers folder", base, run.base_export / MANIFEST),
+        Part("export: the LoRA, a file of adapters", lora, run.lora_export / MANIFEST),
+        Part("import: that file over that folder", [*back, f"--workdir={run.back}"], run.back / "config.json"),
+    ]
+    for name, models in run.adapted().items():
+        out = run.adapted_samples()[name]
+        parts.append(_sample(f"sample for the LoRA's round trip: {name}", models, photographs[:COMPARED], out, fast))
+    return parts
 
 
 def _parts(run: Run, photographs: list[Photograph], fast: bool, backbone: str = "sd3") -> list[Part]:
@@ -201,6 +236,7 @@ def _parts(run: Run, photographs: list[Photograph], fast: bool, backbone: str = 
         Part("prepare: a dataset of the squares and captions", prepare, run.dataset / DATASET_INDEX),
         *_autoencoder_parts(run, fast),
         *_backbone_parts(run, photographs, fast, backbone),
+        *(_adapter_parts(run, photographs, fast, backbone) if backbone in ADAPTED else []),
     ]
 
 

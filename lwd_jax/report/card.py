@@ -107,7 +107,7 @@ from lwd_jax.report.pipeline import open_models, text_encoder
 {set_folder}states = text_encoder(open_models(folder){text_folder}).encode(["a red boat on a lake", ""])
 tokens, pooled = (torch.tensor(part, dtype=torch.{dtype}) for part in (states.tokens, states.pooled))
 pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.{dtype}{absent})
-picture = pipe(
+{adapters}picture = pipe(
     prompt_embeds=tokens[:1],
     pooled_prompt_embeds=pooled[:1],
     negative_prompt_embeds=tokens[1:],
@@ -161,7 +161,8 @@ def _positions(config: dict) -> str:
     )
 
 
-def _use(manifest: dict, absent: list[str]) -> str:
+def _use(manifest: dict, absent: list[str], adapters: str = "") -> str:
+    """`adapters`: the lines that load adapters over a pipeline without text encoders."""
     if manifest["stage"] == 1:
         return _AUTOENCODER_USE
     if manifest["form"] != "merged":
@@ -180,7 +181,19 @@ def _use(manifest: dict, absent: list[str]) -> str:
         text_folder=", text_folder" if needs_folder else "",
         max_length=text.get("settings", {}).get("max_length", 512 if text.get("kind") == "flux" else 256),  # its own
         absent="".join(f", {part}=None" for part in absent),
+        adapters=adapters,
     )
+
+
+def code_with_adapters(manifest: dict, absent: list[str]) -> str:
+    """The code on the card of a pipeline without text encoders, with adapters over it; `adapters` in it is the path of
+    their folder.
+
+    Args:
+      manifest, absent: of the pipeline's folder, as of `write_card`.
+    """
+    code = _use(manifest, absent, "pipe.load_lora_weights(adapters)\n")
+    return code.partition("```python\n")[2].removesuffix("\n```")
 
 
 def inherited(source: Path | None) -> dict:

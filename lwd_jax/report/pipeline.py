@@ -148,8 +148,9 @@ class FolderModels:
         return dataclasses.replace(sampling, **_read_scheduler(self.path / "scheduler"))
 
     def resolution(self) -> int:
-        """The side in px of the square pictures the backbone was made for."""
-        return self._sizes().resolution
+        """The side in px of the square pictures the backbone was made for: the run's, where `lwd export` wrote it."""
+        written = self.manifest().get("config")
+        return written["resolution"] if written else self._sizes().resolution
 
     def _sizes(self) -> Any:
         """Config of the backbone."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shlex
@@ -12,15 +13,18 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
+from lwd_jax.adapters.peft import FILE as ADAPTER_FILE
 from lwd_jax.config import Config
 from lwd_jax.data.batches import held_out
 from lwd_jax.data.latents import open_latents
+from lwd_jax.errors import read_json
 from lwd_jax.evaluate.fidelity import psnr, ssim
 from lwd_jax.evaluate.spectrum import block_mean, high_frequency_share
 from lwd_jax.report import figures
+from lwd_jax.report.card import code_with_adapters
 from lwd_jax.report.page import Code, Picture, Section, Table, Text, write_page
 from lwd_jax.report.photographs import SHIPPED, Photograph
-from lwd_jax.report.pipeline import open_models
+from lwd_jax.report.pipeline import FLUX, MANIFEST, open_models
 from lwd_jax.report.previews import (
     SHOWN,
     TIMES,
@@ -34,12 +38,15 @@ from lwd_jax.report.previews import (
 from lwd_jax.report.samples import INDEX as SAMPLES_INDEX
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import read_config
+from lwd_jax.train.models import BACKBONE
+from lwd_jax.weights.folder import header
 
 SIDE = 128  # px of the squares that are trained on
 CROPS = 160  # squares in all, about
 TIMES_FILE = "times.json"
 SHOWN_SIDE = 448  # px, of the photographs whose saliency is shown: finer than the squares, for the eye
 ARMS = ("plain", "LWD")
+ADAPTED = ("base", "LoRA", "read back")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,10 @@ class Run:
     plain = property(lambda self: self.workdir / "backbone_plain")
     lwd = property(lambda self: self.workdir / "backbone_lwd")
     export = property(lambda self: self.workdir / "export")
+    lora = property(lambda self: self.workdir / "backbone_lora")
+    base_export = property(lambda self: self.workdir / "export_base")
+    lora_export = property(lambda self: self.workdir / "export_lora")
+    back = property(lambda self: self.workdir / "backbone_lora_back")
 
     def arms(self) -> dict[str, Path]:
         """Arm -> workdir."""
@@ -65,6 +76,14 @@ class Run:
     def samples(self) -> dict[str, Path]:
         """Arm -> folder of samples."""
         return {arm: self.workdir / f"samples_{arm.lower()}" for arm in ARMS}
+
+    def adapted(self) -> dict[str, Path]:
+        """What the round trip of a LoRA compares -> models: the base alone, the run of the LoRA, the file read back."""
+        return dict(zip(ADAPTED, (self.base_export, self.lora, self.back)))
+
+    def adapted_samples(self) -> dict[str, Path]:
+        """The same -> folder of samples."""
+        return {name: self.workdir / f"samples_{name.lower().replace(' ', '_')}" for name in ADAPTED}
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -285,22 +304,79 @@ def _stage2(run: Run) -> Section:
     )
 
 
-def _samples(run: Run) -> Section:
-    def read(folder: Path) -> tuple[list[np.ndarray], list[str]]:
-        listed = json.loads((folder / SAMPLES_INDEX).read_text())["samples"]
-        return [np.asarray(Image.open(folder / each["file"])) for each in listed], [each["prompt"] for each in listed]
+def _drawn(folder: Path) -> tuple[list[np.ndarray], list[str]]:
+    """(pictures, prompts) of a folder of samples."""
+    listed = json.loads((folder / SAMPLES_INDEX).read_text())["samples"]
+    return [np.asarray(Image.open(folder / each["file"])) for each in listed], [each["prompt"] for each in listed]
 
-    rows = {arm: read(folder) for arm, folder in run.samples().items()}
-    prompts = rows["plain"][1]
-    notes = [[""] * len(prompts), [figures.wrap(prompt, 21, 3) for prompt in prompts]]
-    png = figures.picture_rows(
-        {arm: row[0] for arm, row in rows.items()}, "Samples from the training captions, equal noise", notes
-    )
+
+def _rows_of_samples(folders: dict[str, Path], title: str) -> tuple[dict[str, list[np.ndarray]], bytes]:
+    """(the pictures of every folder, a row of them for each with the prompts below the last)."""
+    drawn = {name: _drawn(folder) for name, folder in folders.items()}
+    rows, prompts = {name: pictures for name, (pictures, _) in drawn.items()}, next(iter(drawn.values()))[1]
+    notes = [[""] * len(prompts)] * (len(rows) - 1) + [[figures.wrap(prompt, 21, 3) for prompt in prompts]]
+    return rows, figures.picture_rows(rows, title, notes)
+
+
+def _samples(run: Run) -> Section:
+    _, png = _rows_of_samples(run.samples(), "Samples from the training captions, equal noise")
     caption = (
         "Each column starts from one noise. The prompts are training captions: pictures that resemble the "
         "photographs have been learnt by heart, which at this size is the aim."
     )
     return Section("Samples", [Picture("samples", png, caption)])
+
+
+def _count(folder: Path) -> int:
+    """Numbers in the safetensors files of a folder."""
+    return sum(math.prod(tensor.shape) for file in folder.glob("*.safetensors") for tensor in header(file).values())
+
+
+def _adapters_table(run: Run, rows: dict[str, list[np.ndarray]]) -> Table:
+    def difference(name):
+        return max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(rows["LoRA"], rows[name], strict=True))
+
+    trained, whole = _count(run.lora_export), _count(run.base_export / BACKBONE.subfolder)
+    size = (run.lora_export / ADAPTER_FILE).stat().length
+    measured = [
+        ["parameters that trained", f"{trained:,} beside {whole:,}"],
+        [f"{ADAPTER_FILE}, float32", f"{size / 2**20:.2f} MiB"],
+        ["largest difference of a pixel, LoRA and read back", f"{difference('read back')} of 255"],
+        ["largest difference of a pixel, LoRA and base", f"{difference('base')} of 255"],
+    ]
+    return Table(["", ""], measured, "Differences are of the files of the samples, over all pictures and colours.")
+
+
+def _adapters_code(run: Run) -> str:
+    """What loads the base and the LoRA in PyTorch."""
+    absent = [part for part in FLUX.parts if not (run.base_export / part).is_dir()]
+    paths = f"folder = {str(run.base_export)!r}\nadapters = {str(run.lora_export)!r}\n\n"
+    return paths + code_with_adapters(read_json(run.base_export / MANIFEST), absent)
+
+
+def _adapters(run: Run) -> Section:
+    config = read_config(run.lora)
+    rows, png = _rows_of_samples(run.adapted_samples(), "The base, a LoRA over it, and its file read back, equal noise")
+    about = (
+        f"A LoRA of rank {config.adapter.rank} was trained over the base for {config.training.steps} steps under the "
+        "mask; the base's own weights stayed as they were. Both were exported as diffusers reads them, the base as a "
+        "folder and the LoRA as a file, and that file was imported over that folder as anyone's would be. The run and "
+        "what was read back must draw the same; how far both are from the base is what could have been lost."
+    )
+    code = (
+        "In PyTorch, with diffusers and PEFT. The pipeline takes text states, because captions were encoded by "
+        f"{open_models(run.base_export).text()['kind']} and the folder has no text encoders:"
+    )
+    return Section(
+        "LoRA: to PyTorch and back",
+        [
+            Text(about),
+            Picture("adapters", png, "Each column starts from one noise; the last two rows should be the same."),
+            _adapters_table(run, rows),
+            Text(code),
+            Code(_adapters_code(run)),
+        ],
+    )
 
 
 def peak_memory() -> float:
@@ -355,6 +431,7 @@ def write_report(run: Run, photographs: list[Photograph], seconds: dict[str, flo
         _stage1(run),
         _stage2(run),
         _samples(run),
+        *([_adapters(run)] if run.lora.is_dir() else []),
         _times(seconds),
         _next(run, photographs),
     ]

@@ -56,6 +56,14 @@ def test_saved_folder_loads_in_diffusers(saved, params):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize("variant", kl.VARIANTS)
+def test_every_shift_is_written_as_a_number(variant):
+    """The pipelines of SD3 and FLUX add it to latents, whatever it is."""
+    config = kl.VARIANTS[variant]
+    assert type(kl.to_foreign(config)["shift_factor"]) is float
+    assert kl.from_foreign(kl.to_foreign(config)) == config
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_diffusers_folder_there_and_back(dtype, tmp_path):
     """A folder that diffusers wrote, in shards, read in its own dtype and written again: the same bits."""

@@ -15,14 +15,21 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from etils.epath import Path
 from PIL import Image
+from tiny_models import FLUX, write_pipeline, write_workdir
 
-from lwd_jax.cli import main, quickstart
+from lwd_jax.adapters import attach
+from lwd_jax.adapters.peft import FILE, write_file
+from lwd_jax.backbones import flux
+from lwd_jax.cli import main, parser_of, quickstart
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.cli.quickstart import WORDS, Clock, Part
-from lwd_jax.config import Models
+from lwd_jax.config import Adapter, Models
 from lwd_jax.parallel.mesh import batch_parts, make_mesh
 from lwd_jax.report import quickstart as report
+from lwd_jax.report.export import export, import_models
+from lwd_jax.report.page import Code, Picture, Table
 from lwd_jax.report.photographs import Photograph, shipped
 from lwd_jax.report.pipeline import open_models
 from lwd_jax.report.quickstart import Run
@@ -82,7 +89,7 @@ def test_its_batches_divide_over_any_number_of_devices(tmp_path, monkeypatch, co
     monkeypatch.setattr(jax, "device_count", lambda: count)
     parts = quickstart._parts(Run(tmp_path), shipped()[:2], fast=True, backbone=backbone)
     commands = [part.work for part in parts if not callable(part.work) and part.work[0] == "train"]
-    assert len(commands) == 5
+    assert len(commands) == (6 if backbone in quickstart.ADAPTED else 5)
     for words in commands:
         given = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
         config = read_config(given["--config"], [word for word in words if word.startswith("--config.")])
@@ -93,6 +100,65 @@ def test_its_batches_divide_over_any_number_of_devices(tmp_path, monkeypatch, co
         sizes = open_autoencoder(config).module.config
         program = build_program(config, mesh, stage_of(config, open_trained(config), sizes, WORDS + 1, None))
         assert all(leaf.sharding.mesh.size == count for leaf in jax.tree.leaves(program.batch))
+
+
+def test_a_lora_goes_round_beside_flux_alone(tmp_path):
+    """Its parts follow those that every backbone has, and are words that the commands know."""
+    plain, adapted = (quickstart._parts(Run(tmp_path), shipped()[:2], True, name) for name in ("sd3", "flux"))
+    assert [part.title for part in adapted[: len(plain)]] == [part.title for part in plain] and len(plain) == 11
+    commands = [part.work for part in adapted[len(plain) :]]
+    assert [words[0] for words in commands] == ["train", "export", "export", "import", "sample", "sample", "sample"]
+    for words in commands:
+        _, left = parser_of(words[0]).parse_known_args(words[1:])
+        assert all(word.startswith("--config.") for word in left)
+    (given, *_) = commands
+    config = read_config(given[1].removeprefix("--config="), [word for word in given if word.startswith("--config.")])
+    assert config.adapter.kind == "lora" and config.models.backbone == str(tmp_path / "backbone_base")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """What the section on the LoRA reads of a quickstart: a tiny FLUX as a folder, adapters over it, and samples that
+    differ by what the test says."""
+    run = Run(Path(tmp_path_factory.mktemp("adapted")))
+    write_pipeline(run.workdir / "start", sizes=FLUX)
+    models = {"autoencoder": str(run.workdir / "start"), "backbone": str(run.workdir / "start")}
+    export(write_workdir(run.base, 2, sizes=FLUX, text=True, models=models, sampling={"steps": 2}), run.base_export)
+    params = attach(open_models(run.base_export).backbone()[1], jax.random.key(0), Adapter("lora", 3, ("picture/q",)))
+    run.lora_export.mkdir()
+    write_file(run.lora_export / FILE, flux.weights(FLUX), params)
+    import_models(run.base_export, run.lora, adapter=str(run.lora_export / FILE))
+    for (name, folder), value in zip(run.adapted_samples().items(), (250, 2, 5)):
+        folder.mkdir()
+        pictures = np.full((2, 16, 16, 3), 9, np.uint8)
+        pictures[1, 3, 4, 2] = value
+        samples = [{"file": f"{i}.png", "prompt": f"the prompt {i}"} for i in range(2)]
+        for sample, picture in zip(samples, pictures):
+            Image.fromarray(picture).save(folder / sample["file"])
+        (folder / "samples.json").write_text(json.dumps({"samples": samples}))
+    return run
+
+
+def test_the_report_measures_the_round_trip(adapted):
+    section = report._adapters(adapted)
+    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    said = dict(table.rows)
+    # Two double blocks, whose kernel is 32 x 32: 2 x 3 x (32 + 32).
+    whole = sum(leaf.size for leaf in jax.tree.leaves(open_models(adapted.base).backbone()[1]))
+    assert said["parameters that trained"] == f"384 beside {whole:,}"
+    assert said["largest difference of a pixel, LoRA and read back"] == "3 of 255"
+    assert said["largest difference of a pixel, LoRA and base"] == "248 of 255"
+    (picture,) = (block for block in section.blocks if isinstance(block, Picture))
+    assert picture.name == "adapters" and picture.png.startswith(b"\x89PNG")
+
+
+def test_the_code_of_the_round_trip_runs(adapted):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    (code,) = (block.text for block in report._adapters(adapted).blocks if isinstance(block, Code))
+    names = {}
+    exec(code, names)
+    assert names["picture"].size == (64, 64) and names["pipe"].get_active_adapters()
 
 
 def test_the_seconds_of_a_part_are_kept_whatever_ends_it(tmp_path):

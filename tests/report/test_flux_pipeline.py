@@ -69,6 +69,8 @@ def test_diffusers_draws_the_same_and_the_folder_comes_back(name, tmp_path):
     assert theirs.std() > 0.05
 
     import_models(folder, tmp_path / "workdir")
+    # FLUX's own config knows no size: it is the run's.
+    assert [open_models(tmp_path / place).resolution() for place in ("run", "model", "workdir")] == [64, 64, 64]
     module, params = open_models(tmp_path / "workdir").backbone()
     assert module.config == RUNS[name][0]
     assert fingerprint(params) == fingerprint(random_params(flux.BACKBONE, RUNS[name][0], 120))
