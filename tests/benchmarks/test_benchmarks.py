@@ -34,6 +34,7 @@ def test_step_against_pytorch(small, capsys):
     assert "Masked against plain" in printed and "velocities" in printed and "gradients" in printed
 
 
+@pytest.mark.heavy
 def test_step_refuses_another_model(small, monkeypatch):
     """The control: times that the model is given wrongly."""
     right = step.TorchStep.velocity

@@ -81,6 +81,7 @@ def test_a_sweep_without_libtpu_is_by_estimate(monkeypatch, capsys, tmp_path):
     assert all(row["result"]["peak"] is None and row["result"]["roofline"]["least"] > 0 for row in found["tried"])
 
 
+@pytest.mark.heavy
 def test_a_sweep_compiles(monkeypatch, capsys, tmp_path):
     """On devices of this machine, of which no memory and no speed is known: what is tried is compiled, the config as it
     is first, and a row says what it takes.

@@ -38,7 +38,9 @@ def run_of(place, name):
     return write_workdir(place / "run", 2, seed=20, sizes=sizes, models=models, text=True, sampling=sampling), told
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.heavy) if name.startswith("schnell") else name for name in RUNS]
+)
 def test_diffusers_draws_the_same_and_the_folder_comes_back(name, tmp_path):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

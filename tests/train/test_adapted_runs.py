@@ -230,6 +230,7 @@ def test_eight_devices_equal_one(root):
         assert np.linalg.norm(gradients[name] - gradient) < 1e-4 * scale, name
 
 
+@pytest.mark.heavy
 def test_minor_components_are_the_same_on_eight_devices(root):
     """A component is known up to its sign: the products are compared."""
     one, eight = (flat(jax.device_get(begun(root, MINOR, axes)[1].params)) for axes in (ONE, EIGHT))

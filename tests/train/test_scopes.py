@@ -22,7 +22,7 @@ SMALL = {"resolution": 32, "dtype": "float32", "remat": "none", "data": {"batch_
 class Backbone(nn.Module):
     """One product."""
 
-    config = SimpleNamespace(patch_size=2, joint_attention_dim=3, pooled_projection_dim=2)
+    config = SimpleNamespace(patch_size=2, joint_attention_dim=3, pooled_projection_dim=2, guidance_embeds=False)
 
     @nn.compact
     def __call__(self, z_t, t, cond):
