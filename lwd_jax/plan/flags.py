@@ -22,13 +22,9 @@ _V5E = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
 }
 _GPU = {
-    # Collectives beside arithmetic; off by default, for it takes longer to compile.
+    # Collectives beside arithmetic; off by default, for it takes longer to compile. The flags that pipelined them in
+    # loops are gone from jax 0.12 on, and XLA ends a program that is given a flag it does not know.
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # In loops (the scanned blocks), the collectives of one turn beside the arithmetic of another. FSDP gathers weights
-    # and scatters gradients there; `data` reduces them.
-    "xla_gpu_enable_pipelined_all_gather": True,
-    "xla_gpu_enable_pipelined_reduce_scatter": True,
-    "xla_gpu_enable_pipelined_all_reduce": True,
 }
 FLAGS = {  # kind of plan.topology.CHIPS, or all GPUs -> flag -> value
     "v5e": _TPU | _V5E,
