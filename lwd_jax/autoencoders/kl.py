@@ -15,13 +15,13 @@ from flax import linen as nn
 
 from lwd_jax.autoencoders.bands import Affine, Conv, row_moments
 from lwd_jax.autoencoders.blockwise import blockwise_attention
-from lwd_jax.errors import UserError, did_you_mean
+from lwd_jax.errors import UserError
 from lwd_jax.nn.attention import attention, by_platform, splash
 from lwd_jax.nn.layers import precision_of
 from lwd_jax.nn.sharding import axis_size
 from lwd_jax.shapes import Array, shaped
 from lwd_jax.weights.layout import CONV, LINEAR
-from lwd_jax.weights.model import Model
+from lwd_jax.weights.model import Model, filled
 from lwd_jax.weights.table import Row
 
 NORM_EPS = 1e-6
@@ -380,14 +380,14 @@ def from_foreign(foreign: dict[str, Any]) -> Config:
     Raises:
       UserError: a field that is unknown, or a value that this module does not build.
     """
-    given = {name: value for name, value in foreign.items() if not name.startswith("_")}
-    values = {ours: given.pop(name, default) for ours, (name, default) in _FIELDS.items()}
-    fixed = _fixed(len(values["block_out_channels"]))
-    for name, value in given.items():
-        if name not in fixed:
-            raise UserError(f"AutoencoderKL has no config field '{name}'.{did_you_mean(name, list(fixed))}")
-        if (list(value) if isinstance(value, tuple) else value) != fixed[name]:
-            raise UserError(f"This AutoencoderKL has {name} {value!r}, but only {fixed[name]!r} is supported.")
+    fields = dict(_FIELDS.values())
+    fixed = _fixed(len(foreign.get("block_out_channels", fields["block_out_channels"])))
+    full = filled(foreign, fields | fixed, "AutoencoderKL")
+    for name, wanted in fixed.items():
+        value = full[name]
+        if (list(value) if isinstance(value, tuple) else value) != wanted:
+            raise UserError(f"This AutoencoderKL has {name} {value!r}, but only {wanted!r} is supported.")
+    values = {ours: full[name] for ours, (name, _) in _FIELDS.items()}
     values |= {"block_out_channels": tuple(values["block_out_channels"]), "shift": values["shift"] or 0.0}
     return Config(**values)
 

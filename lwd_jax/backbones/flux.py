@@ -17,15 +17,16 @@ from flax import linen as nn
 from lwd_jax.backbones.flux_original import as_diffusers, foreign_config
 from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.nn.attention import Tokens, attention, joint_attention
-from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.conditioning import Conditioning, inputs
 from lwd_jax.nn.layers import ZEROS, Dense, gelu
 from lwd_jax.nn.modulation import Embedder, Modulation, gated, modulate
+from lwd_jax.nn.patches import patchify, unpatchify
 from lwd_jax.nn.positions import Rotation, grid_rotation, rotate, time_features, unturned
 from lwd_jax.nn.sharding import axis_size, constrain_tokens, join_tokens, split_tokens
 from lwd_jax.nn.stack import stacked
 from lwd_jax.nn.streams import Projections, Stream, padded_text
 from lwd_jax.shapes import shaped
-from lwd_jax.weights.model import Model
+from lwd_jax.weights.model import Model, filled
 from lwd_jax.weights.table import Row, linear_rows
 
 LATENT_FACTOR = 8  # picture pixels per latent position, of FLUX's autoencoder
@@ -179,7 +180,7 @@ class FLUX(nn.Module):
           ValueError: an odd size; no pooled text; no guidance, or guidance for a model that is told none.
         """
         config, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        patches, (height, width) = pack(z_t)
+        patches, (height, width) = patchify(z_t, config.patch_size, channels_first=True)
         length = patches.shape[1] + cond.tokens.shape[1]
         of_blocks = kinds | {"logit_scale": logit_scale(config, length)}
 
@@ -200,7 +201,8 @@ class FLUX(nn.Module):
         scale, shift = Modulation(2 * config.width, name="final_modulation", **kinds)(emb)
         size = config.patch_size**2 * config.in_channels
         final = Dense(size, out_dtype=jnp.float32, kernel_init=ZEROS, name="final_proj", **kinds)
-        return unpack(final(modulate(constrain_tokens(picture), shift, scale)), height, width)
+        tokens = final(modulate(constrain_tokens(picture), shift, scale))
+        return unpatchify(tokens, height, width, config.patch_size, channels_first=True)
 
 
 def embedding(config: Config, param_dtype, t, cond: Conditioning):
@@ -238,26 +240,6 @@ def logit_scale(config: Config, tokens: int) -> float:
     1.074 at 2048 px and 1.147 at 4096 px. Reference: arXiv 2306.08645, section 3.
     """
     return math.sqrt(math.log(tokens, TRAINED_TOKENS)) if config.proportional_attention else 1.0
-
-
-def pack(z, size: int = Config.patch_size):
-    """[B h w C] -> ([B h/size w/size (C size size)] as a row of tokens, (h/size, w/size)).
-
-    Raises:
-      ValueError: h or w does not divide.
-    """
-    batch, h, w, channels = z.shape
-    if h % size or w % size:
-        raise ValueError(f"A latent of {h} x {w} does not divide into tokens of {size} x {size}.")
-    z = z.reshape(batch, h // size, size, w // size, size, channels).transpose(0, 1, 3, 5, 2, 4)
-    return z.reshape(batch, (h // size) * (w // size), -1), (h // size, w // size)
-
-
-def unpack(tokens, height: int, width: int, size: int = Config.patch_size):
-    """The inverse of `pack` for a grid of height x width tokens."""
-    batch = tokens.shape[0]
-    z = tokens.reshape(batch, height, width, -1, size, size).transpose(0, 1, 4, 2, 5, 3)
-    return z.reshape(batch, height * size, width * size, -1)
 
 
 # ------------------------------------------------------------------------------------------------------ variants
@@ -378,11 +360,7 @@ def from_foreign(foreign: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field that is unknown, or a value that is not supported.
     """
-    known = {name: value for name, value in foreign.items() if not name.startswith("_")}
-    for name in known:
-        if name not in _DIFFUSERS_DEFAULTS:
-            raise UserError(f"A FLUX config.json has no field '{name}'.{did_you_mean(name, _DIFFUSERS_DEFAULTS)}")
-    full = _DIFFUSERS_DEFAULTS | known
+    full = filled(foreign, _DIFFUSERS_DEFAULTS, "FluxTransformer2DModel")
     channels, packed = full["in_channels"], Config.patch_size**2
     if full["patch_size"] != 1 or channels % packed or full["out_channels"] not in (None, channels):
         raise UserError(
@@ -411,21 +389,6 @@ def to_foreign(config: Config) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------- model
-
-
-def inputs(config: Config, resolution: int, batch: int) -> tuple:
-    """Arguments of the module for square pictures of `resolution` px, as ShapeDtypeStructs."""
-
-    def array(*shape):
-        return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-
-    side = resolution // LATENT_FACTOR
-    cond = Conditioning(
-        array(TEXT_TOKENS, config.joint_attention_dim),
-        pooled=array(config.pooled_projection_dim),
-        guidance=array() if config.guidance_embeds else None,
-    )
-    return array(side, side, config.in_channels), array(), cond
 
 
 def original(tensors: Mapping[str, Any]) -> tuple[Config, Mapping[str, Any]] | None:

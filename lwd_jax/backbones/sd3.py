@@ -10,23 +10,23 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lwd_jax.errors import UserError, did_you_mean
+from lwd_jax.errors import UserError
 from lwd_jax.nn.attention import Tokens, attention, joint_attention
-from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.conditioning import Conditioning, inputs
 from lwd_jax.nn.layers import ZEROS, Dense
 from lwd_jax.nn.modulation import Embedder, Modulation, gated, modulate
+from lwd_jax.nn.patches import patchify, unpatchify
 from lwd_jax.nn.positions import grid_positions, interpolate_rows, sincos, table_positions, time_features
 from lwd_jax.nn.sharding import axis_size, constrain_tokens
 from lwd_jax.nn.stack import rematerialised, stacked
 from lwd_jax.nn.streams import Projections, Stream, padded_text
 from lwd_jax.shapes import shaped
 from lwd_jax.weights.layout import SAME, Layout, conv_as_linear
-from lwd_jax.weights.model import Model
+from lwd_jax.weights.model import Model, filled
 from lwd_jax.weights.table import Row, linear_rows
 
 LATENT_FACTOR = 8  # picture pixels per latent position, of every autoencoder SD3 is used with
@@ -204,26 +204,6 @@ def groups(config: Config) -> list[tuple[str, int, bool]]:
     return [run for run in runs if run[1]]
 
 
-def patchify(z, size: int):
-    """[B h w C] -> ([B h/size w/size (size size C)] as a row of tokens, (h/size, w/size)).
-
-    Raises:
-      ValueError: h or w does not divide.
-    """
-    batch, h, w, channels = z.shape
-    if h % size or w % size:
-        raise ValueError(f"A latent of {h} x {w} does not divide into patches of {size} x {size}.")
-    z = z.reshape(batch, h // size, size, w // size, size, channels)
-    return z.transpose(0, 1, 3, 2, 4, 5).reshape(batch, (h // size) * (w // size), -1), (h // size, w // size)
-
-
-def unpatchify(tokens, height: int, width: int, size: int):
-    """The inverse of `patchify` for a grid of height x width tokens."""
-    batch = tokens.shape[0]
-    z = tokens.reshape(batch, height, width, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
-    return z.reshape(batch, height * size, width * size, -1)
-
-
 # ------------------------------------------------------------------------------------------------------ variants
 
 _MEDIUM = Config()
@@ -353,11 +333,7 @@ def from_foreign(foreign: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field that is unknown, or a value that is not supported.
     """
-    known = {name: value for name, value in foreign.items() if not name.startswith("_")}
-    for name in known:
-        if name not in _DIFFUSERS_DEFAULTS:
-            raise UserError(f"An SD3 config.json has no field '{name}'.{did_you_mean(name, _DIFFUSERS_DEFAULTS)}")
-    full = _DIFFUSERS_DEFAULTS | known
+    full = filled(foreign, _DIFFUSERS_DEFAULTS, "SD3Transformer2DModel")
     dual = tuple(full["dual_attention_layers"])
     if dual != tuple(range(len(dual))) or len(dual) >= full["num_layers"]:
         raise UserError(f"dual_attention_layers must be the first layers and not the last, but they are {list(dual)}.")
@@ -401,17 +377,6 @@ def extended(config: Config, params, resolution: int) -> tuple[Config, Any]:
     positions = table_positions(side, side, config.pos_embed_max_size)
     table = jnp.stack([interpolate_rows(axis, positions) for axis in params["position"]["table"]])
     return dataclasses.replace(config, pos_embed_max_size=side), params | {"position": {"table": table}}
-
-
-def inputs(config: Config, resolution: int, batch: int) -> tuple:
-    """Arguments of the module for square pictures of `resolution` px, as ShapeDtypeStructs."""
-
-    def array(*shape):
-        return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-
-    side = resolution // LATENT_FACTOR
-    tokens, pooled = array(TEXT_TOKENS, config.joint_attention_dim), array(config.pooled_projection_dim)
-    return array(side, side, config.in_channels), array(), Conditioning(tokens, pooled=pooled)
 
 
 BACKBONE = Model(

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -27,3 +28,18 @@ def told(cond: Conditioning, sizes: Any, guidance: float) -> Conditioning:
     if not sizes.guidance_embeds:
         return cond
     return cond._replace(guidance=np.full(len(cond.tokens), guidance, np.float32))
+
+
+def inputs(sizes: Any, resolution: int, batch: int) -> tuple:
+    """(z_t, t, cond) of the backbone of this Config for square pictures of `resolution` px, as ShapeDtypeStructs."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+
+    side = resolution // sizes.latent_factor
+    cond = Conditioning(
+        array(sizes.text_tokens, sizes.joint_attention_dim),
+        pooled=array(sizes.pooled_projection_dim),
+        guidance=array() if sizes.guidance_embeds else None,
+    )
+    return array(side, side, sizes.in_channels), array(), cond

@@ -45,16 +45,8 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", ZEROS, (self.features,), self.param_dtype)
-        contract = (((x.ndim - 1,), (0,)), ((), ()))
         out_dtype = self.out_dtype or self.dtype
-        y = lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            contract,
-            precision=precision_of(self.dtype),
-            preferred_element_type=out_dtype,
-        )
-        y = y + bias.astype(out_dtype)
+        y = self._product(x, kernel, out_dtype) + bias.astype(out_dtype)
         return y + self.adapter(x) if self.has_variable("params", SCALE) or self.has_variable("params", FIXED[0]) else y
 
     def dropped(self, x):
@@ -75,9 +67,13 @@ class Dense(nn.Module):
         # One sum over all columns: at the start of minor components they cancel in it before anything is rounded.
         return self._product(jnp.concatenate(narrow, -1), jnp.concatenate(wide), self.out_dtype or self.dtype)
 
-    def _product(self, x, factor, out_dtype):
-        return jnp.matmul(
-            x, factor.astype(self.dtype), precision=precision_of(self.dtype), preferred_element_type=out_dtype
+    def _product(self, x, kernel, out_dtype):
+        return lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=precision_of(self.dtype),
+            preferred_element_type=out_dtype,
         )
 
 

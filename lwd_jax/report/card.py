@@ -6,6 +6,7 @@ import statistics
 from etils.epath import Path
 from huggingface_hub import ModelCard, ModelCardData
 
+from lwd_jax.report.pipeline import SD3
 from lwd_jax.train import metrics
 
 PAPER = "https://arxiv.org/abs/2506.00433"
@@ -139,8 +140,8 @@ _SET_FOLDER = """text_folder = "TEXT_FOLDER"  # fill in: a folder with text_enco
 
 def _guidance(manifest: dict, states: bool) -> str:
     """The arguments of a pipeline's call that guide; `states`: it is given states of the negative prompt."""
-    sampling, of_sd3 = manifest["sampling"], manifest["pipeline"] == "StableDiffusion3Pipeline"
-    if of_sd3:
+    sampling = manifest["sampling"]
+    if manifest["pipeline"] == SD3.pipeline:
         return f"    guidance_scale={sampling['guidance']},"
     lines = [f"    guidance_scale={sampling['embedded_guidance']},"]
     if sampling["guidance"] > 1:

@@ -22,7 +22,6 @@ from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import (
     DYNAMIC_SHIFT,
     FAMILIES,
-    FLUX,
     MANIFEST,
     SD3,
     TEXT_PARTS,
@@ -72,8 +71,8 @@ def _add_text(folder: Path, models: WorkdirModels, family: Family) -> dict:
 
 
 def _add_scheduler(folder: Path, sampling: Sampling, family: Family) -> str:
-    """The scheduler that does what the run samples with; its class. FluxPipeline runs with Euler's only."""
-    name = choose(SCHEDULERS, "euler" if family is FLUX else sampling.solver, "solver")
+    """The scheduler that does what the run samples with, as far as the pipeline runs with it; its class."""
+    name = choose(SCHEDULERS, family.solver or sampling.solver, "solver")
     (folder / "scheduler").mkdir()
     scheduler = {
         "_class_name": name,

@@ -6,13 +6,14 @@ time, so that a command can drop one model before it loads the other.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils.epath import Path
 
-from lwd_jax.backbones import BACKBONES, flux
+from lwd_jax.backbones import BACKBONES
 from lwd_jax.config import Config, Sampling
 from lwd_jax.data.text import TextEncoder, kind_of, open_text_encoder
 from lwd_jax.errors import UserError, read_json
@@ -38,15 +39,25 @@ class Family(NamedTuple):
       pipeline: its class in diffusers.
       text: the row of data.text.TEXT_ENCODERS that its text encoders are.
       parts: the folders of text encoders and tokenizers.
+      sampling: Config of the backbone -> what it is sampled with where nothing says.
+      solver: the one that the pipeline runs with; "" = any.
     """
 
     pipeline: str
     text: str
     parts: tuple[str, ...]
+    sampling: Callable[[Any], Sampling]
+    solver: str = ""
 
 
-SD3 = Family("StableDiffusion3Pipeline", "sd3", TEXT_PARTS)
-FLUX = Family("FluxPipeline", "flux", tuple(part for part in TEXT_PARTS if not part.endswith("_3")))
+def _distilled(sizes: Any) -> Sampling:
+    """FLUX is distilled from guided sampling, schnell into 4 steps as well: no classifier-free guidance."""
+    return Sampling(guidance=1.0) if sizes.guidance_embeds else Sampling(guidance=1.0, steps=4)
+
+
+SD3 = Family("StableDiffusion3Pipeline", "sd3", TEXT_PARTS, lambda sizes: Sampling())
+_TWO = tuple(part for part in TEXT_PARTS if not part.endswith("_3"))
+FLUX = Family("FluxPipeline", "flux", _TWO, _distilled, solver="euler")
 FAMILIES = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 # The dynamic shift of objective.paths, in diffusers' words, with the defaults of its scheduler.
 DYNAMIC_SHIFT = {
@@ -150,18 +161,13 @@ class FolderModels:
     def resolution(self) -> int:
         """The side in px of the square pictures the backbone was made for: the run's, where `lwd export` wrote it."""
         written = self.manifest().get("config")
-        return written["resolution"] if written else self._sizes().resolution
-
-    def _sizes(self) -> Any:
-        """Config of the backbone."""
-        return find(BACKBONES, self.path, BACKBONE.subfolder)[1]
+        return written["resolution"] if written else find(BACKBONES, self.path, BACKBONE.subfolder)[1].resolution
 
     def _usual_sampling(self) -> Sampling:
-        """FLUX is distilled from guided sampling, schnell into 4 steps as well: no classifier-free guidance."""
-        sizes = self._sizes() if self.has_backbone() else None
-        if not isinstance(sizes, flux.Config):
+        if not self.has_backbone():
             return Sampling()
-        return Sampling(guidance=1.0) if sizes.guidance_embeds else Sampling(guidance=1.0, steps=4)
+        model, sizes, _ = find(BACKBONES, self.path, BACKBONE.subfolder)
+        return FAMILIES[model.class_name].sampling(sizes)
 
     def has_autoencoder(self) -> bool:
         """Whether the folder has or is one."""

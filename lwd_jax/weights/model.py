@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils.epath import Path
 from flax import linen as nn
 
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.files import on_disk
 from lwd_jax.weights.folder import Tensors, is_file, read_config, write_folder
 from lwd_jax.weights.table import read, unread_params, write
@@ -43,6 +43,19 @@ class Model(NamedTuple):
     inputs: Callable
     extended: Callable = lambda config, params, resolution: (config, params)
     original: Callable = lambda tensors: None
+
+
+def filled(foreign: Mapping[str, Any], defaults: Mapping[str, Any], class_name: str) -> dict[str, Any]:
+    """The fields of a diffusers config.json with diffusers' own defaults for those that it does not say.
+
+    Raises:
+      UserError: a field that the class does not have; names that begin with _ are none.
+    """
+    known = {name: value for name, value in foreign.items() if not name.startswith("_")}
+    for name in known:
+        if name not in defaults:
+            raise UserError(f"{class_name} has no config field '{name}'.{did_you_mean(name, defaults)}")
+    return dict(defaults) | known
 
 
 def _initialiser(model: Model, config, param_dtype) -> Callable:
