@@ -2,7 +2,8 @@
 
 Same weights, batch, loss, clipping and AdamW; master weights in float32, products in --dtype. Velocities and gradients
 of both, on the same noise and times, must agree before anything is timed. The masked and the plain step run in turn, on
-one state.
+one state. On a CPU both frameworks gain by huge pages, which glibc asks for where the environment has
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 
     python benchmarks/step.py                                              # a small model, on a CPU
     python benchmarks/step.py --variant sd3-medium --depth 3 --batch 1     # few blocks of the true width, on a CPU
@@ -234,7 +235,11 @@ def check_agreement(args, config: sd3.Config, theirs: TorchStep, ours: JaxSteps)
 
 
 def timed(steps: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, run in turn; two rounds are run before."""
+    """Seconds of each step, run in turn; two rounds are run before.
+
+    Of one framework only: a step that follows the other framework's waits for its idle threads, which spin, and for
+    the memory that it gave back.
+    """
     seconds = {name: [] for name in steps}
     for i in range(repeats + 2):
         for name, step in steps.items():
@@ -300,14 +305,16 @@ def main() -> None:
     theirs = TorchStep(args, config, batch)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in theirs.model.state_dict().items()}
     ours = JaxSteps(args, config, batch, read(sd3.weights(config), tensors, abstract_params(sd3.BACKBONE, config)))
-    steps, apart = {}, {}
+    seconds, apart = {}, {}
     if not args.skip_torch:
         apart = check_agreement(args, config, theirs, ours)
         kind = "PyTorch compiled" if args.compile else "PyTorch"
         steps = {f"{kind}, {name}": lambda name=name: theirs.step(name == "masked") for name in MASKS}
+        seconds = timed(steps, args.repeats)
     ours.compile()
-    steps |= {f"JAX, {name}": lambda name=name: ours.step(name) for name in MASKS}
-    report(args, config, timed(steps, args.repeats), apart, ours)
+    steps = {f"JAX, {name}": lambda name=name: ours.step(name) for name in MASKS}
+    seconds |= timed(steps, args.repeats)
+    report(args, config, seconds, apart, ours)
 
 
 if __name__ == "__main__":

@@ -98,28 +98,30 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     rate = learning_rate(config.optimizer, config.training.steps)
 
+    def update(old, gradients, norm):
+        trainable, opt_state, average = old
+        with jax.named_scope("clip"):
+            gradients = clip(gradients, norm, config.optimizer.clip)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+        with jax.named_scope("ema"):
+            average = _average(config, average, trainable, opt_state) if keeps_average(config) else {}
+        return trainable, opt_state, average
+
     def step(loss: Loss, state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
         pictures = jax.tree.leaves(batch)[0].shape[0]
         keys = picture_keys(key, state.step, pictures)
         trainable, frozen = split(state.params, trained)
         with jax.named_scope("gradient"):
             gradients, metrics = accumulated_gradient(loss, trainable, frozen, batch, keys, config.optimizer.accumulate)
-        with jax.named_scope("clip"):
+        with jax.named_scope("norm"):
             norm = optax.global_norm(gradients)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-            gradients = clip(gradients, norm, config.optimizer.clip)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-            moved = optax.apply_updates(trainable, updates)
-        with jax.named_scope("ema"):
-            ema = _average(config, state.ema, moved, opt_state) if keeps_average(config) else {}
-
-        with jax.named_scope("keep_finite"):
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (moved, opt_state, ema),
-                (trainable, state.opt_state, state.ema),
-            )
+        # A conditional: a select between the old and the new arrays would keep a copy of what is updated in place.
+        kept = jax.lax.cond(
+            finite, update, lambda old, *_: old, (trainable, state.opt_state, state.ema), gradients, norm
+        )
         skipped = state.skipped + ~finite
         streak = jnp.where(finite, 0, state.streak + 1)
         metrics |= {

@@ -49,7 +49,7 @@ def test_a_compiled_step_says_what_each_operation_is_of():
     text = program.step.lower(program.state, program.batch, jax.random.key(0)).compile().as_text()
     found = components(re.findall(r'op_name="([^"]*)"', text))
     objective = {"draw", "path", "mask", "prediction", "loss", "metrics"}
-    step = {"gradient", "accumulate", "clip", "optimizer", "ema", "keep_finite"}
+    step = {"gradient", "accumulate", "clip", "optimizer", "ema", "norm"}
     assert objective | step <= found
     assert {"Backbone", "out"} <= found  # flax names the modules by itself
     assert "encode" not in found
