@@ -3,25 +3,23 @@ That FLUX needs no code of its own for them is the point."""
 
 import functools
 
-import flux_twin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import twins
+from flux_twin import DEV
 from safetensors.numpy import load_file
+from twins import apart
 
 from lwd_jax.adapters import attach
 from lwd_jax.adapters.factors import frozen, merged, trainable
 from lwd_jax.adapters.peft import FILE, as_kohya, products, write_file
-from lwd_jax.backbones import flux
 from lwd_jax.config import Adapter
 from lwd_jax.train.state import merge
 from lwd_jax.weights.table import flat, nested
 
 LORA = Adapter("lora", rank=3, alpha=5.0)
 MINOR = Adapter("minor_components", rank=2)
-ROWS = flux.weights(flux_twin.DEV)
 
 
 def moved(params):
@@ -34,13 +32,13 @@ def moved(params):
 @functools.cache
 def models():
     """(diffusers' model, parameters with minor components over a LoRA over it): URAE's 4K over its 2K."""
-    model = flux_twin.foreign_model(flux_twin.DEV)
-    lora = moved(attach(flux_twin.params_of(flux_twin.DEV, model), jax.random.key(0), LORA))
+    model = DEV.foreign()
+    lora = moved(attach(DEV.params(model), jax.random.key(0), LORA))
     return model, moved(attach(frozen(lora), jax.random.key(1), MINOR))
 
 
 def ours(params, inputs):
-    return np.asarray(jax.jit(flux.FLUX(flux_twin.DEV).apply)({"params": params}, *inputs))
+    return np.asarray(jax.jit(DEV.module().apply)({"params": params}, *inputs))
 
 
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
@@ -48,26 +46,26 @@ def test_diffusers_loads_it_and_gives_the_same_output(tmp_path, layout):
     pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     model, params = models()
-    inputs = flux_twin.random_inputs(flux_twin.DEV, 6, 10)
-    write_file(tmp_path / FILE, ROWS, params, **({"layout": as_kohya} if layout == "kohya" else {}))
+    inputs = DEV.inputs(latent=(6, 10))
+    write_file(tmp_path / FILE, DEV.rows, params, **({"layout": as_kohya} if layout == "kohya" else {}))
     tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(tmp_path / FILE).items()}
     if layout == "kohya":
         from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers as convert
 
         tensors = convert(tensors)
-    plain = flux_twin.foreign_output(model, *inputs)
+    plain = DEV.foreign_output(model, *inputs)
     model.load_lora_adapter(tensors, prefix="transformer")
     try:
-        expected = flux_twin.foreign_output(model, *inputs)
+        expected = DEV.foreign_output(model, *inputs)
     finally:
         model.unload_lora()
-    assert twins.apart(expected, plain) > 1e-2
-    assert twins.apart(ours(params, inputs), expected) < 1e-4
-    assert twins.apart(ours(merged(params), inputs), expected) < 1e-4
+    assert apart(expected, plain) > 1e-2
+    assert apart(ours(params, inputs), expected) < 1e-4
+    assert apart(ours(merged(params), inputs), expected) < 1e-4
 
 
 def test_the_same_layers_as_the_released_recipe_and_the_text_stream():
-    names = {name.split(".", 2)[2] for name in products(ROWS, models()[1])}
+    names = {name.split(".", 2)[2] for name in products(DEV.rows, models()[1])}
     assert names == {
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

@@ -1,13 +1,12 @@
 """Law: eight devices = one, for both kinds of blocks, with text that has to be padded."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flux_twin import DEV, random_inputs
+from flux_twin import twin
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lwd_jax.backbones import flux
@@ -17,21 +16,19 @@ from lwd_jax.nn.sharding import join_tokens, split_tokens
 from lwd_jax.parallel import rules
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.parallel.rules import param_shardings
-from lwd_jax.weights.model import abstract_params
 
-CONFIG = dataclasses.replace(DEV, num_attention_heads=4, num_single_layers=2, proportional_attention=True)
+TWIN = twin((8, 12), num_attention_heads=4, num_single_layers=2, proportional_attention=True)
 MESHES = {"fsdp": (1, 8, 1, 1), "context": (1, 2, 4, 1), "context and tensor": (1, 2, 2, 2)}
 
 
 @functools.cache
 def params():
     rng = np.random.default_rng(0)
-    abstract = abstract_params(flux.BACKBONE, CONFIG)
-    return jax.tree.map(lambda p: (0.15 * rng.standard_normal(p.shape)).astype(np.float32), abstract)
+    return jax.tree.map(lambda p: (0.15 * rng.standard_normal(p.shape)).astype(np.float32), TWIN.abstract())
 
 
 def value(params, given):
-    out = flux.FLUX(CONFIG, remat="full").apply({"params": params}, *given)
+    out = TWIN.module(remat="full").apply({"params": params}, *given)
     return jnp.mean(out * given[0]), out
 
 
@@ -44,7 +41,7 @@ def alone():
 
 
 def inputs():
-    return random_inputs(CONFIG, 8, 12, batch=8)  # 24 tokens of the picture; 7 of the text, padded over context
+    return TWIN.inputs(batch=8)  # 24 tokens of the picture; 7 of the text, padded over context
 
 
 @pytest.mark.parametrize(

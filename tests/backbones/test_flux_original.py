@@ -1,26 +1,25 @@
 """Laws of FLUX's original single file: it is read as diffusers' own converter reads it, and covers the model."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from flux_twin import DEV
+from flux_twin import twin
 from safetensors.numpy import save_file
 
-from lwd_jax.backbones import flux, load_backbone
+from lwd_jax.backbones import load_backbone
 from lwd_jax.backbones.flux_original import as_diffusers
 from lwd_jax.errors import UserError
 from lwd_jax.report.export import import_models
 from lwd_jax.report.pipeline import open_models
-from lwd_jax.weights.model import abstract_params
 from lwd_jax.weights.table import write
 
-SMALL = dataclasses.replace(
-    DEV, attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56), num_layers=2, num_single_layers=3
+TWIN = twin(
+    attention_head_dim=128, num_attention_heads=1, axes_dims_rope=(16, 56, 56), num_layers=2, num_single_layers=3
 )
+SMALL = TWIN.config
 WIDTH = 3072  # what diffusers' converter cuts single blocks by
 EMBEDDERS = ("time_in", "vector_in", "guidance_in")
 
@@ -117,13 +116,12 @@ def original_of(tensors: dict, config) -> dict:
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(1)
-    abstract = abstract_params(flux.BACKBONE, SMALL)
-    return jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), abstract)
+    return jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), TWIN.abstract())
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_file_is_read_exactly(params, prefix, tmp_path):
-    tensors = original_of(dict(write(flux.weights(SMALL), params)), SMALL)
+    tensors = original_of(dict(write(TWIN.rows, params)), SMALL)
     save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, tmp_path / "flux1.safetensors")
     module, found = load_backbone(tmp_path / "flux1.safetensors")
     assert module.config == SMALL
@@ -150,7 +148,7 @@ def test_a_file_is_read_exactly(params, prefix, tmp_path):
     ids=["unknown", "missing", "misshaped", "other heads", "no FLUX"],
 )
 def test_a_file_that_does_not_fit_is_refused(params, change, said, tmp_path):
-    tensors = original_of(dict(write(flux.weights(SMALL), params)), SMALL) | change
+    tensors = original_of(dict(write(TWIN.rows, params)), SMALL) | change
     file = tmp_path / "flux1.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
     with pytest.raises(UserError, match=said):

@@ -1,42 +1,40 @@
 """Laws of FLUX's positions: NTK per axis and proportional attention, where diffusers has neither, and their records."""
 
-import dataclasses
 import json
 
+import flux_twin
 import jax
 import numpy as np
 import pytest
-from flux_twin import DEV, extend_foreign, foreign_model, foreign_output, params_of, random_inputs
+from flux_twin import DEV, extend_foreign
 from twins import apart
 
 from lwd_jax.backbones import flux, load_backbone, save_backbone
 from lwd_jax.nn.positions import frequencies, grid_rotation, rotate
 
-STRETCHED = dataclasses.replace(DEV, ntk=(10.0, 3.0), proportional_attention=True)
+STRETCHED = flux_twin.twin(ntk=(10.0, 3.0), proportional_attention=True)
+NTK_ALONE = flux_twin.twin(ntk=(10.0, 3.0))
 TOKENS = 7 + 3 * 9
-
-
-def output(config, params, given):
-    return np.asarray(jax.jit(flux.FLUX(config).apply)({"params": params}, *given))
 
 
 def test_output_is_that_of_diffusers_told_the_same(monkeypatch):
     """Both at once; each alone is seen in the output."""
-    model, given = foreign_model(DEV), random_inputs(DEV, 6, 18)
-    params, found = params_of(DEV, model), [foreign_output(model, *given)]
-    for config in (dataclasses.replace(STRETCHED, proportional_attention=False), STRETCHED):
-        extend_foreign(monkeypatch, model, config, TOKENS)
-        found.append(foreign_output(model, *given))
+    model, given = DEV.foreign(), DEV.inputs(latent=(6, 18))
+    params, found = DEV.params(model), [DEV.foreign_output(model, *given)]
+    for twin in (NTK_ALONE, STRETCHED):
+        extend_foreign(monkeypatch, model, twin.config, TOKENS)
+        found.append(DEV.foreign_output(model, *given))
     assert min(apart(found[1], found[0]), apart(found[2], found[1])) > 1e-3
-    assert apart(output(STRETCHED, params, given), found[2]) <= 1e-5
+    made = jax.jit(STRETCHED.module().apply)({"params": params}, *given)
+    assert apart(np.asarray(made), found[2]) <= 1e-5
 
 
 @pytest.mark.parametrize(("px", "factor"), [(1024, 1.0), (2048, 1.074), (4096, 1.147)])
 def test_softmax_scale(px, factor):
     """FACTS: sqrt(log_4608(L) / d) relative to 1 / sqrt(d)."""
     tokens = flux.TEXT_TOKENS + (px // 16) ** 2
-    assert flux.logit_scale(STRETCHED, tokens) == pytest.approx(factor, abs=5e-4)
-    assert flux.logit_scale(DEV, tokens) == 1.0
+    assert flux.logit_scale(STRETCHED.config, tokens) == pytest.approx(factor, abs=5e-4)
+    assert flux.logit_scale(DEV.config, tokens) == 1.0
 
 
 def test_angles_are_positions_times_frequencies():
@@ -62,19 +60,19 @@ def test_ntk_stretches_the_longest_wave_by_nearly_its_factor():
 
 def test_folders_keep_what_diffusers_cannot_say(tmp_path):
     """Under a key that diffusers skips without a word; a plain model's config.json has no such key."""
-    params = params_of(DEV, foreign_model(DEV))
-    for config in (DEV, STRETCHED):
+    params = DEV.params(DEV.foreign())
+    for twin in (DEV, STRETCHED):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        save_backbone(folder, flux.FLUX(config), params)
-        assert load_backbone(folder)[0].config == config
-        assert ("_lwd" in json.loads((folder / "config.json").read_text())) == (config is STRETCHED)
+        save_backbone(folder, twin.module(), params)
+        assert load_backbone(folder)[0].config == twin.config
+        assert ("_lwd" in json.loads((folder / "config.json").read_text())) == (twin is STRETCHED)
 
 
 def test_diffusers_reads_such_a_folder_without_complaint(tmp_path, caplog):
     diffusers = pytest.importorskip("diffusers")
     logging = diffusers.utils.logging
 
-    save_backbone(tmp_path / "transformer", flux.FLUX(STRETCHED), params_of(DEV, foreign_model(DEV)))
+    save_backbone(tmp_path / "transformer", STRETCHED.module(), DEV.params(DEV.foreign()))
     logging.enable_propagation()
     try:
         diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from sd3_twin import PLAIN, foreign_model, foreign_output, params_of
+from sd3_twin import PLAIN, twin
 from twins import apart, tensors_of
 
 from lwd_jax.backbones import extend_backbone, sd3
-from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.weights.table import write
 
 BUFFER = "pos_embed.pos_embed"
@@ -21,9 +20,9 @@ BUFFER = "pos_embed.pos_embed"
     ids=["sd3-medium", "diffusers' default", "tiny"],
 )
 def test_a_new_models_table_is_diffusers_own_buffer(sizes):
-    config = dataclasses.replace(PLAIN, num_layers=1, **sizes)
-    buffer = tensors_of(foreign_model(config))[BUFFER]
-    made = sd3.POSITIONS.to_foreign(sd3.position_table(config))
+    small = twin(num_layers=1, **sizes)
+    buffer = tensors_of(small.foreign())[BUFFER]
+    made = sd3.POSITIONS.to_foreign(sd3.position_table(small.config))
     assert made.shape == buffer.shape
     np.testing.assert_allclose(made, buffer, rtol=0, atol=1.2e-7)  # two roundings of one sine
 
@@ -39,26 +38,23 @@ def longer(torch, buffer, size: int):
 def test_past_the_tables_end_the_output_is_that_of_diffusers_with_a_longer_table():
     """13 x 11 tokens on a table of 10: diffusers refuses them, and takes them with a table of 13."""
     torch = pytest.importorskip("torch")
-    model = foreign_model(PLAIN)
-    params = params_of(PLAIN, model)
-    rng = np.random.default_rng(0)
-    z_t, tokens, pooled = (rng.standard_normal(s).astype("f4") for s in ((1, 22, 26, 4), (1, 7, 40), (1, 24)))
-    arguments = z_t, np.array([0.6], np.float32), Conditioning(tokens, pooled=pooled)
+    model = PLAIN.foreign()
+    params, given = PLAIN.params(model), PLAIN.inputs(batch=1, latent=(22, 26))
     with pytest.raises(ValueError, match="pos_embed_max_size"):
-        foreign_output(model, *arguments)
+        PLAIN.foreign_output(model, *given)
 
-    large = foreign_model(dataclasses.replace(PLAIN, pos_embed_max_size=13))
+    large = twin(pos_embed_max_size=13).foreign()
     state = model.state_dict()
     large.load_state_dict(state | {BUFFER: longer(torch, state[BUFFER], 13)})
-    made = jax.jit(sd3.SD3(PLAIN).apply)({"params": params}, *arguments)
-    assert apart(np.asarray(made), foreign_output(large, *arguments)) <= 3e-5  # torch rounds the places too
+    made = jax.jit(PLAIN.module().apply)({"params": params}, *given)
+    assert apart(np.asarray(made), PLAIN.foreign_output(large, *given)) <= 3e-5  # torch rounds the places too
 
-    module, extended = extend_backbone(sd3.SD3(PLAIN), params, 13 * 16)
-    assert module.config == dataclasses.replace(PLAIN, pos_embed_max_size=13)
+    module, extended = extend_backbone(PLAIN.module(), params, 13 * 16)
+    assert module.config == dataclasses.replace(PLAIN.config, pos_embed_max_size=13)
     table = dict(write(sd3.weights(module.config), extended))[BUFFER]
     np.testing.assert_allclose(table, tensors_of(large)[BUFFER], atol=1e-6)
 
 
 def test_a_table_that_is_long_enough_stays():
-    module, params = sd3.SD3(PLAIN), {"position": {"table": sd3.position_table(PLAIN)}}
+    module, params = PLAIN.module(), {"position": {"table": sd3.position_table(PLAIN.config)}}
     assert extend_backbone(module, params, 10 * 16) == (module, params)
