@@ -6,11 +6,11 @@ peak memory is its own: on a GPU what its allocator gave out; on a CPU what XLA'
 compiler too), and what PyTorch's process took beyond what it began with.
 
     python benchmarks/lora.py                                               # a small model, on a CPU
-    python benchmarks/lora.py --variant sd3-medium --depth 3 --batch 1      # few blocks of the true width, on a CPU
+    python benchmarks/lora.py --variant sd3-medium --part 8 --batch 1       # one block in eight, on a CPU
+    python benchmarks/lora.py --backbone flux --variant flux-dev --part 8 --batch 1
     python benchmarks/lora.py --variant sd3-medium --resolution 1024 --dtype bfloat16 --remat full   # a GPU
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -24,12 +24,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import torch  # noqa: E402
+from models import Family, chosen, parser, random_batch, run_config, title  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from step import TorchStep, config_of, random_batch, scaled, timed  # noqa: E402
+from step import TorchStep, scaled, timed  # noqa: E402
 
-from lwd_jax.backbones import sd3  # noqa: E402
 from lwd_jax.config import Adapter  # noqa: E402
 from lwd_jax.parallel.mesh import make_mesh  # noqa: E402
 from lwd_jax.train.program import backbone_stage, build_program  # noqa: E402
@@ -44,16 +44,16 @@ OURS = ("q", "k", "v", "out")
 class PeftStep(TorchStep):
     """The step as one writes it with PEFT: a base that is cast and frozen, adapters in float32, autocast."""
 
-    def __init__(self, args, config: sd3.Config, batch):
+    def __init__(self, args, family: Family, config, batch):
         self.before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        super().__init__(args, config, batch)
+        super().__init__(args, family, config, batch)
         self.model.requires_grad_(False)
         self.model.to(getattr(torch, args.dtype))
         self.model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=THEIRS))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self.trained:
             parameter.data = parameter.data.float()
-        settings = config_of(args, "time").optimizer
+        settings = run_config(args, "time").optimizer
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=settings.learning_rate, betas=(settings.b1, settings.b2), fused=True
         )
@@ -74,14 +74,14 @@ class PeftStep(TorchStep):
 class JaxStep:
     """The compiled step of this package."""
 
-    def __init__(self, args, config: sd3.Config, batch):
+    def __init__(self, args, family: Family, config, batch):
         adapter = Adapter(kind="lora", rank=args.rank, alpha=args.rank, targets=OURS)
-        run = dataclasses.replace(config_of(args, "time"), adapter=adapter, param_dtype=args.dtype)
+        run = dataclasses.replace(run_config(args, "time"), adapter=adapter, param_dtype=args.dtype)
         dtype = jnp.dtype(args.dtype)
-        module = sd3.SD3(config, dtype=dtype, param_dtype=dtype, remat=args.remat)
+        module = family.model.build(config, dtype=dtype, param_dtype=dtype, remat=args.remat)
 
         def init(key):
-            return init_params(sd3.BACKBONE, config, key, dtype)
+            return init_params(family.model, config, key, dtype)
 
         stage = backbone_stage(run, module, init, scaled, batch["mean"].shape[1:], args.text)
         program = build_program(run, make_mesh(run.mesh, jax.devices()[:1]), stage)
@@ -108,18 +108,15 @@ class JaxStep:
 SIDES = {"diffusers + PEFT": PeftStep, "JAX": JaxStep}
 
 
-def measured(args, config: sd3.Config) -> dict:
+def measured(args, family: Family, config) -> dict:
     """Seconds of each step, peak bytes and the number of trained parameters of one side, in this process."""
-    side = SIDES[args.side](args, config, random_batch(args, config))
+    side = SIDES[args.side](args, family, config, random_batch(args, config))
     seconds = timed({"step": side.step}, args.repeats)["step"]
     return {"seconds": seconds, "bytes": side.peak_bytes(), "count": side.count()}
 
 
-def report(args, config: sd3.Config, found: dict[str, dict]) -> None:
-    table = Table(
-        title=f"LoRA step: {args.variant}, {config.num_layers} blocks, {args.resolution} px, batch {args.batch}, rank "
-        f"{args.rank}, {args.text} text tokens, {args.dtype}, remat {args.remat}"
-    )
+def report(args, config, found: dict[str, dict]) -> None:
+    table = Table(title=f"LoRA step of rank {args.rank}: {title(args, config)}")
     for name in ("", "median ms", "fastest ms", "peak GiB", "trained parameters"):
         table.add_column(name, justify="right" if name else "left")
     for name, result in found.items():
@@ -129,25 +126,13 @@ def report(args, config: sd3.Config, found: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="tiny", choices=sorted(sd3.VARIANTS))
-    parser.add_argument("--depth", type=int, help="blocks, where a machine has no room for all of the variant's")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--resolution", type=int, default=256, help="px (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--text", type=int, default=77, help="text tokens; SD3's are 333 (default: %(default)s)")
-    parser.add_argument("--remat", default="none", choices=["none", "attention", "full"], help="PyTorch: none or full")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch model")
-    parser.add_argument("--side", choices=sorted(SIDES), help="measure this one here, and print what was found as JSON")
-    args = parser.parse_args()
-
-    config = sd3.VARIANTS[args.variant]
-    if args.depth:
-        config = dataclasses.replace(config, num_layers=args.depth, dual_layers=min(config.dual_layers, args.depth - 1))
+    arguments = parser(__doc__)
+    arguments.add_argument("--rank", type=int, default=16)
+    arguments.add_argument("--side", choices=sorted(SIDES), help="measure this one here; prints what was found as JSON")
+    args = arguments.parse_args()
+    family, config = chosen(args)
     if args.side:
-        print(json.dumps(measured(args, config)))
+        print(json.dumps(measured(args, family, config)))
         return
     found = {}
     for side in SIDES:

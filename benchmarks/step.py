@@ -6,12 +6,11 @@ one state. On a CPU both frameworks gain by huge pages, which glibc asks for whe
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 
     python benchmarks/step.py                                              # a small model, on a CPU
-    python benchmarks/step.py --variant sd3-medium --depth 3 --batch 1     # few blocks of the true width, on a CPU
+    python benchmarks/step.py --variant sd3-medium --part 8 --batch 1      # one block in eight of SD3-medium, on a CPU
+    python benchmarks/step.py --backbone flux                              # a small FLUX, on a CPU
     python benchmarks/step.py --variant sd3-medium --resolution 1024 --dtype bfloat16 --batch 4 --compile   # a GPU
 """
 
-import argparse
-import dataclasses
 import os
 import statistics
 import sys
@@ -19,24 +18,22 @@ import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory too
 
+import diffusers  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from diffusers import SD3Transformer2DModel  # noqa: E402
+from models import Family, chosen, conditioning, parser, random_batch, run_config, title  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from saliency import with_torch  # noqa: E402
 
-from lwd_jax.backbones import sd3  # noqa: E402
-from lwd_jax.config import load_config  # noqa: E402
-from lwd_jax.nn.conditioning import Conditioning  # noqa: E402
 from lwd_jax.objective.matching import matching_loss  # noqa: E402
 from lwd_jax.parallel.mesh import make_mesh  # noqa: E402
-from lwd_jax.plan.flops import TRAINING, sd3_forward  # noqa: E402
+from lwd_jax.plan.flops import TRAINING, backbone_forward  # noqa: E402
 from lwd_jax.train.program import backbone_stage, build_program  # noqa: E402
 from lwd_jax.weights.model import abstract_params  # noqa: E402
-from lwd_jax.weights.table import read  # noqa: E402
+from lwd_jax.weights.table import read, write  # noqa: E402
 
 SCALING, SHIFT = 1.5305, 0.0609  # SD3's autoencoder
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, by a part of the device's name
@@ -48,54 +45,23 @@ def scaled(z):
     return (z - SHIFT) * SCALING
 
 
-def config_of(args, mask: str):
-    return load_config(
-        {
-            "stage": 2,
-            "resolution": args.resolution,
-            "dtype": args.dtype,
-            "remat": args.remat,
-            "models": {"backbone_variant": args.variant},
-            "data": {"batch_size": args.batch},
-            "matching": {"mask": mask},
-            "optimizer": {"warmup": 0},
-            "training": {"ema": 0.0},
-        }
-    )
-
-
-def random_batch(args, config: sd3.Config) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    side = args.resolution // sd3.LATENT_FACTOR
-
-    def normal(*shape):
-        return rng.standard_normal((args.batch, *shape)).astype(np.float32)
-
-    return {
-        "mean": normal(side, side, config.in_channels),
-        "std": np.full((args.batch, side, side, config.in_channels), 0.01, np.float32),
-        "tokens": normal(args.text, config.joint_attention_dim),
-        "token_mask": np.ones((args.batch, args.text), np.float32),
-        "pooled": normal(config.pooled_projection_dim),
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------- PyTorch
 
 
 class TorchStep:
     """The stage-2 step as one writes it with diffusers: autocast over float32 masters, fused AdamW."""
 
-    def __init__(self, args, config: sd3.Config, batch: dict[str, np.ndarray]):
+    def __init__(self, args, family: Family, config, batch: dict[str, np.ndarray]):
+        self.predict = family.predict
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.autocast = {"device_type": self.device, "dtype": torch.bfloat16, "enabled": args.dtype == "bfloat16"}
         torch.manual_seed(0)
         with torch.device(self.device):
-            self.model = SD3Transformer2DModel(**sd3.to_foreign(config))
+            self.model = getattr(diffusers, family.model.class_name)(**family.model.to_foreign(config))
         if args.remat != "none":
             self.model.enable_gradient_checkpointing()
         self.call = torch.compile(self.model) if args.compile else self.model
-        settings = config_of(args, "time").optimizer
+        settings = run_config(args, "time").optimizer
         self.clip = settings.clip
         matrices = [p for p in self.model.parameters() if p.ndim > 1]  # biases and norms do not decay
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -111,7 +77,7 @@ class TorchStep:
 
     def velocity(self, z_t, t) -> torch.Tensor:
         with torch.autocast(**self.autocast):
-            return self.call(z_t, self.batch["tokens"], self.batch["pooled"], 1000 * t, return_dict=False)[0].float()
+            return self.predict(self.call, z_t, t, self.batch["tokens"], self.batch["pooled"]).float()
 
     def loss(self, z0, noise, t, masked: bool) -> torch.Tensor:
         sigma = t[:, None, None, None]
@@ -145,15 +111,15 @@ class TorchStep:
 class JaxSteps:
     """The masked and the plain program of this package, over one state."""
 
-    def __init__(self, args, config: sd3.Config, batch: dict[str, np.ndarray], params):
-        self.module = sd3.SD3(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
-        self.matching = config_of(args, MASKS["masked"]).matching
+    def __init__(self, args, family: Family, config, batch: dict[str, np.ndarray], params):
+        self.module = family.model.build(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
+        self.matching = run_config(args, MASKS["masked"]).matching
         self.batch, self.key = jax.device_put(batch), jax.random.key(0)
-        mesh = make_mesh(config_of(args, "time").mesh)
+        mesh = make_mesh(run_config(args, "time").mesh)
         latent = batch["mean"].shape[1:]
 
         def program(mask):
-            run = config_of(args, mask)
+            run = run_config(args, mask)
             stage = backbone_stage(run, self.module, lambda _: params, scaled, latent, args.text)
             return build_program(run, mesh, stage)
 
@@ -168,8 +134,7 @@ class JaxSteps:
             self.seconds[name] = time.perf_counter() - start
 
     def predict(self, params, z_t, t):
-        cond = Conditioning(self.batch["tokens"], pooled=self.batch["pooled"])
-        return self.module.apply({"params": params}, z_t, t, cond)
+        return self.module.apply({"params": params}, z_t, t, conditioning(self.batch, self.module.config))
 
     def velocity(self, z_t, t) -> jax.Array:
         return jax.jit(self.predict)(self.state.params, z_t, t)
@@ -208,7 +173,7 @@ def relative(mine, other) -> float:
     return (apart / sum(float(np.sum(np.asarray(b, np.float64) ** 2)) for _, b in pairs)) ** 0.5
 
 
-def check_agreement(args, config: sd3.Config, theirs: TorchStep, ours: JaxSteps) -> dict[str, float]:
+def check_agreement(args, family: Family, config, theirs: TorchStep, ours: JaxSteps) -> dict[str, float]:
     """How far apart both are on the same latents, noise and times: the velocity, the masked loss's gradient.
 
     Raises:
@@ -220,13 +185,12 @@ def check_agreement(args, config: sd3.Config, theirs: TorchStep, ours: JaxSteps)
     given = tuple(map(theirs.tensor, (z0, noise, t)))
     with torch.no_grad():
         velocity = theirs.velocity(given[0], given[2]).permute(0, 2, 3, 1).cpu().numpy()
-    # The position table is no parameter of diffusers' model: its gradient is not compared.
-    gradients = theirs.gradients(*given) | {"pos_embed.pos_embed": theirs.model.pos_embed.pos_embed.cpu().numpy()}
-    gradients = read(sd3.weights(config), gradients, abstract_params(sd3.BACKBONE, config))
-    mine = dict(ours.gradients(z0, noise, t))
+    gradients = theirs.gradients(*given)
+    mine = dict(write(family.model.rows(config), ours.gradients(z0, noise, t)))
+    compared = sorted(gradients)  # not SD3's position table, which is no parameter of diffusers' model
     apart = {
         "velocities": relative(ours.velocity(z0, t), velocity),
-        "gradients": relative(mine | {"position": 0.0}, gradients | {"position": 0.0}),
+        "gradients": relative([mine[name] for name in compared], [gradients[name] for name in compared]),
     }
     for name, value in apart.items():
         if not value <= AGREE[args.dtype]:
@@ -250,16 +214,13 @@ def timed(steps: dict, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dict[str, float], ours: JaxSteps) -> None:
-    side = args.resolution // sd3.LATENT_FACTOR
-    flops = args.batch * TRAINING * sd3_forward(config, side, side, args.text)
+def report(args, config, seconds: dict[str, list[float]], apart: dict[str, float], ours: JaxSteps) -> None:
+    side = args.resolution // config.latent_factor
+    flops = args.batch * TRAINING * backbone_forward(config, side, side, args.text)
     device = jax.devices()[0].device_kind
     peak = next((value for name, value in PEAK.items() if name in device and args.dtype == "bfloat16"), None)
-    table = Table(
-        title=f"Stage-2 step: {args.variant}, {config.num_layers} blocks, {args.resolution} px, batch {args.batch}, "
-        f"{args.text} text tokens, {args.dtype}, remat {args.remat}, on {device}; {flops / 1e12:.3g} TFLOP a step by "
-        "formula"
-    )
+    what = f"{flops / 1e12:.3g} TFLOP a step by formula"
+    table = Table(title=f"Stage-2 step: {title(args, config)}, on {device}; {what}")
     for name in ("step", "median ms", "fastest ms", "pictures/s", "TFLOP/s", "MFU", "speed-up"):
         table.add_column(name, justify="left" if name == "step" else "right")
     first = min(next(iter(seconds.values())))
@@ -284,30 +245,18 @@ def report(args, config: sd3.Config, seconds: dict[str, list[float]], apart: dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="tiny", choices=sorted(sd3.VARIANTS))
-    parser.add_argument("--depth", type=int, help="blocks, where a machine has no room for all of the variant's")
-    parser.add_argument("--resolution", type=int, default=256, help="px (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=sorted(AGREE))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--text", type=int, default=77, help="text tokens; SD3's are 333 (default: %(default)s)")
-    parser.add_argument("--remat", default="none", choices=["none", "attention", "full"], help="PyTorch: none or full")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch model")
-    parser.add_argument("--skip-torch", action="store_true", help="time JAX alone; weights still come from diffusers")
-    args = parser.parse_args()
-
-    config = sd3.VARIANTS[args.variant]
-    if args.depth:
-        dual = min(config.dual_layers, args.depth - 1)  # the last block is never dual
-        config = dataclasses.replace(config, num_layers=args.depth, dual_layers=dual)
+    arguments = parser(__doc__)
+    arguments.add_argument("--skip-torch", action="store_true", help="time JAX alone; its weights are diffusers' still")
+    args = arguments.parse_args()
+    family, config = chosen(args)
     batch = random_batch(args, config)
-    theirs = TorchStep(args, config, batch)
+    theirs = TorchStep(args, family, config, batch)
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in theirs.model.state_dict().items()}
-    ours = JaxSteps(args, config, batch, read(sd3.weights(config), tensors, abstract_params(sd3.BACKBONE, config)))
+    params = read(family.model.rows(config), tensors, abstract_params(family.model, config))
+    ours = JaxSteps(args, family, config, batch, params)
     seconds, apart = {}, {}
     if not args.skip_torch:
-        apart = check_agreement(args, config, theirs, ours)
+        apart = check_agreement(args, family, config, theirs, ours)
         kind = "PyTorch compiled" if args.compile else "PyTorch"
         steps = {f"{kind}, {name}": lambda name=name: theirs.step(name == "masked") for name in MASKS}
         seconds = timed(steps, args.repeats)
