@@ -61,6 +61,11 @@ def _sd3(side: int, share: str, mesh: tuple[int, int, int, int], batch: int, lim
     return Row(run, config, "v5e:4x4", mesh, batch, limit, settings=_NO_AVERAGE)
 
 
+def _flux(name: str, config: str, topology: str, mesh: tuple[int, int, int, int], limit: float, **settings) -> Row:
+    batch = mesh[0] * mesh[1]
+    return Row(f"FLUX.1-dev, {name}", config, topology, mesh, batch, limit, settings=_NO_AVERAGE | settings)
+
+
 def _weak(topology: str, data: int, slices: int = 1) -> Row:
     run = "SD3-medium, 2048 px, 1 picture a chip"
     return Row(run, "stage2_sd3_2048", topology, (data, 16, 1, 1), 16 * data, slices=slices)
@@ -100,6 +105,12 @@ ROWS = {
     "sample_4096": Row(
         "sample with CFG, SD3-medium, 4096 px", "stage2_sd3_4096", "v5e:4x4", (1, 4, 4, 1), 4, program="sample"
     ),
+    "flux_full_1024": _flux("1024 px", "flux_full_1024", "v6e:4x4", (1, 16, 1, 1), 12.8),
+    "flux_full_2048": _flux("2048 px", "flux_full_2048", "v6e:4x4", (1, 16, 1, 1), 18.9),
+    "flux_full_4096_v6e": _flux("4096 px, 1 on 4 chips", "flux_full_2048", "v6e:4x4", (1, 4, 4, 1), 19.6, **_4K),
+    "flux_full_4096_v5p": _flux("4096 px, 1 on 8 chips", "flux_full_2048", "v5p:4x4x4", (1, 8, 8, 1), 6.8, **_4K),
+    "flux_lora_1024": _flux("LoRA, 1024 px", "flux_lora_1024", "v5e:4x4", (1, 16, 1, 1), 9.3),
+    "flux_lora_4096": _flux("LoRA, 4096 px, 1 on 8 chips", "flux_lora_2048", "v5e:4x4", (1, 2, 8, 1), 13.0, **_4K),
     "weak_16": _weak("v5p:2x2x4", 1),
     "weak_64": _weak("v5p:4x4x4", 4),
     "weak_256": _weak("v5p:4x8x8", 16),

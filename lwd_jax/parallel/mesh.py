@@ -68,6 +68,11 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
+    """ "cpu", "gpu" or "tpu"; None where there are no devices."""
+    return None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+
+
 def batch_parts(mesh: Mesh) -> int:
     """How many parts the first axis of a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -19,7 +19,7 @@ from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
-from lwd_jax.parallel.mesh import batch_parts
+from lwd_jax.parallel.mesh import batch_parts, platform_of
 from lwd_jax.parallel.rules import batch_shardings, replicated
 from lwd_jax.train.optimizer import make_optimizer, trainable_paths
 from lwd_jax.train.state import State, merge, new_state, split, state_shardings
@@ -35,6 +35,12 @@ def never_trained(config: Config) -> tuple[str, ...]:
     if config.stage == 1:
         return _OUTPUT if config.reconstruction.freeze_output else ()
     return _TABLES
+
+
+# By default XLA:CPU orders operations for parallelism alone. Ordered by memory, a step of SD3-medium's width (three
+# blocks, batch 1) takes 0.96 GiB of temporaries instead of 1.42, a LoRA step of FLUX's width (seven) 1.2 instead of
+# 2.2, in about the same time.
+_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class Stage(NamedTuple):
@@ -282,6 +288,7 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
         in_shardings=(replicated(mesh), shardings, None, replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,
+        compiler_options=_CPU_OPTIONS if platform_of(mesh) == "cpu" else None,
     )
     return Program(
         init=init,

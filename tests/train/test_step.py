@@ -12,10 +12,10 @@ from toy_stage import toy_batch, toy_config, toy_params, toy_stage
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
-from lwd_jax.train.program import build_program
+from lwd_jax.train.program import Stage, build_program
 from lwd_jax.train.state import eval_params
 from lwd_jax.train.step import clip
-from lwd_jax.weights.table import flat
+from lwd_jax.weights.table import flat, nested
 
 ONE = jax.devices()[:1]
 CONFIG = toy_config()
@@ -229,3 +229,28 @@ def test_randomness_depends_on_seed_and_step_alone():
 
     assert loss(1, 5) == loss(1, 5)
     assert len({loss(1, 5), loss(2, 5), loss(1, 6)}) == 3
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9], ids=["plain", "average"])
+def test_no_copy_is_made_of_what_is_updated(average):
+    """Beside the state, which is updated in place, a step whose activations are small holds its gradients and, while it
+    makes them, one array of a weight's size."""
+    weights = {f"{i}/kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32) for i in range(4)}
+
+    def loss(params, batch, keys):
+        y = batch["x"]
+        for weight in flat(params).values():
+            y = jnp.tanh(y @ weight)
+        return jnp.square(y).mean(), {}
+
+    stage = Stage(
+        lambda key: nested({path: jnp.zeros(leaf.shape) for path, leaf in weights.items()}),
+        loss,
+        {"x": jax.ShapeDtypeStruct((1, 512), jnp.float32)},
+        (),
+    )
+    config = toy_config(data={"batch_size": 1}, training={"ema": average}, optimizer={"name": "adamw", "clip": 1.0})
+    program = build_program(config, make_mesh(configs.Mesh(), ONE), stage)
+    compiled = program.step.lower(program.state, program.batch, jax.random.key(0)).compile()
+    one = 4 * 512 * 512
+    assert compiled.memory_analysis().temp_size_in_bytes < (len(weights) + 1.1) * one
