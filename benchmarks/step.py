@@ -2,7 +2,7 @@
 
 Same weights, batch, loss, clipping and AdamW; master weights in float32, products in --dtype. Velocities and gradients
 of both, on the same noise and times, must agree before anything is timed. The masked and the plain step run in turn, on
-one state. On a CPU both frameworks gain by huge pages, which glibc asks for where the environment has
+one state. On a CPU models of true width may gain by huge pages, which glibc asks for where the environment has
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 
     python benchmarks/step.py                                              # a small model, on a CPU

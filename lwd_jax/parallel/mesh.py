@@ -69,7 +69,7 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
-    """ "cpu", "gpu" or "tpu"; None where there are no devices."""
+    """The name of the devices' platform: cpu, gpu or tpu; None of a mesh without devices."""
     return None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
 
 

@@ -16,7 +16,7 @@ from twins import apart, foreign_class, tensors_of
 
 from lwd_jax.backbones import flux, load_backbone, save_backbone, sd3
 from lwd_jax.errors import UserError
-from lwd_jax.weights.model import abstract_params
+from lwd_jax.weights.model import abstract_params, init_params
 from lwd_jax.weights.table import cover, flat, write
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
@@ -82,6 +82,21 @@ def test_batch_members_do_not_see_each_other(twin):
     made = twin.output(params, *mixed)
     np.testing.assert_allclose(made[0], twin.output(params, *one)[0], atol=1e-5)
     np.testing.assert_allclose(made[1], twin.output(params, *other)[1], atol=1e-5)
+
+
+@over({"SD3": sd3_twin.PLAIN, "FLUX": flux_twin.DEV})
+def test_new_model_predicts_zero_and_learns(twin):
+    """adaLN-Zero: the first prediction is 0, and its gradient reaches the last projection. Blocks of a stack are drawn
+    each from its own key."""
+    params = init_params(twin.backbone, twin.config, jax.random.key(0))
+    z_t, t, cond = twin.inputs()
+    (_, out), (gradient, _) = twin.compiled()(params, z_t, t, cond, z_t)
+    assert not np.any(out) and np.any(gradient["final_proj"]["kernel"])
+    stacks = {path: leaf for path, leaf in flat(params).items() if "_blocks/" in path and path.endswith("/kernel")}
+    drawn = {path: leaf for path, leaf in stacks.items() if "modulation" not in path and len(leaf) > 1}
+    assert len(drawn) >= 10
+    for path, leaf in drawn.items():
+        assert not np.array_equal(leaf[0], leaf[1]), path
 
 
 @pytest.mark.parametrize("variant", FULL_SIZE)

@@ -6,9 +6,6 @@ import pytest
 from flux_twin import DEV, SCHNELL
 from twins import apart
 
-from lwd_jax.backbones import flux
-from lwd_jax.weights.model import init_params
-
 
 @pytest.mark.parametrize("remat", ["full", pytest.param("attention", marks=pytest.mark.heavy)])
 def test_remat_changes_nothing(remat):
@@ -26,17 +23,10 @@ def test_guidance_is_heard():
     assert apart(DEV.output(params, z_t, t, louder), DEV.output(params, z_t, t, cond)) > 1e-3
 
 
-def test_new_model_predicts_zero_and_learns():
-    """adaLN-Zero: the first prediction is 0, and its gradient reaches the last projection."""
-    width = DEV.config.width
-    params = init_params(flux.BACKBONE, DEV.config, jax.random.key(0))
-    z_t, t, cond = DEV.inputs()
-    (_, out), (gradient, _) = DEV.compiled()(params, z_t, t, cond, z_t)
-    assert not np.any(out) and np.any(gradient["final_proj"]["kernel"])
+def test_shapes_of_the_stacks():
+    width, params = DEV.config.width, DEV.abstract()
     assert params["double_blocks"]["picture"]["q"]["kernel"].shape == (2, width, width)
-    down = params["single_blocks"]["down"]["kernel"]
-    assert down.shape == (3, 5 * width, width)
-    assert not np.array_equal(*down[:2]), "blocks are drawn each from its own key"
+    assert params["single_blocks"]["down"]["kernel"].shape == (3, 5 * width, width)
 
 
 @pytest.mark.parametrize(
