@@ -11,6 +11,8 @@ from flax import linen as nn
 from lwd_jax.nn.layers import NORMAL, ZEROS, Dense, layer_norm
 from lwd_jax.shapes import shaped
 
+EMBEDDERS = ("time/", "guidance/", "pooled/")  # the Embedders of backbones
+
 
 @shaped("x: B L D, shift: B D, scale: B D -> B L D")
 def modulate(x, shift, scale):

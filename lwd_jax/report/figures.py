@@ -254,13 +254,12 @@ def supervised_fraction(curves_: Mapping[str, np.ndarray], times: np.ndarray, fl
         axes = made.subplots()
         for index, (name, shares) in enumerate(curves_.items()):
             axes.plot(times, 100 * np.asarray(shares), color=OTHERS[index % len(OTHERS)], label=name)
-        axes.axvline(floor, color=QUIET, linestyle="--", linewidth=1.1)
-        axes.text(floor, 92, f"  floor {floor:g}: everything is supervised up to here", color=QUIET, fontsize=9)
+        below = f"floor {floor:g}: everything is supervised up to here"
+        axes.axvline(floor, color=QUIET, linestyle="--", linewidth=1.1, label=below)
         axes.set_title("Supervised positions over the noise level")
         axes.set_xlabel("noise level t (0 = data, 1 = noise)")
         axes.set_ylabel("supervised, %")
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 104)
-        if len(curves_) > 1:
-            legend(axes)
+        axes.legend(loc="best")  # the names are captions, too long for the title's line
         return png(made)

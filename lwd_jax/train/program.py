@@ -17,6 +17,7 @@ from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning, told
+from lwd_jax.nn.modulation import EMBEDDERS
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts, platform_of
@@ -54,6 +55,8 @@ class Stage(NamedTuple):
       frozen: path patterns that never train.
       adapt: (parameters that were read, key) -> those that `init` has the shapes of; pure. With adapters it puts new
         ones beside the kernels.
+      operands: parameters that train -> what the loss is differentiated with respect to: the same, or a copy in the
+        precision that products take them in.
     """
 
     init: Callable
@@ -61,6 +64,7 @@ class Stage(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
     frozen: tuple[str, ...]
     adapt: Callable = lambda params, key: params
+    operands: Callable = lambda trainable: trainable
 
 
 class Step:
@@ -145,6 +149,20 @@ def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) 
     return scale(mean + std * jax.random.normal(key, mean.shape))
 
 
+def operands(params: Any, dtype) -> Any:
+    """`params` of a backbone with every kernel that products take in `dtype` cast to it: all but the Embedders'.
+
+    The backbone computes the same from either, since it casts what it is given. But the gradient with respect to this
+    copy stays in `dtype`, the precision that it was computed in: a float32 one would be the same numbers in twice the
+    memory.
+    """
+
+    def operand(path, leaf):
+        return leaf.astype(dtype) if path.endswith("/kernel") and not path.startswith(EMBEDDERS) else leaf
+
+    return nested({path: operand(path, leaf) for path, leaf in flat(params).items()})
+
+
 def backbone_stage(
     config: Config, module: nn.Module, init: Callable, scale: Callable, latent: tuple, tokens: int
 ) -> Stage:
@@ -190,7 +208,8 @@ def backbone_stage(
         "pooled": (size, model.pooled_projection_dim),
     }
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    return adapted(Stage(init, loss, batch, never_trained(config)), config)
+    stage = Stage(init, loss, batch, never_trained(config), operands=functools.partial(operands, dtype=module.dtype))
+    return adapted(stage, config)
 
 
 def adapted(stage: Stage, config: Config) -> Stage:
@@ -284,7 +303,7 @@ def build_program(config: Config, mesh: Mesh, stage: Stage) -> Program:
         return state._replace(params=merge(place(params), state.params))
 
     step = jax.jit(
-        make_step(trained, config),
+        make_step(trained, config, stage.operands),
         in_shardings=(replicated(mesh), shardings, None, replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,

@@ -37,7 +37,8 @@ def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, ke
     it lies.
 
     Returns:
-      (gradient in float32, metrics); both are means over the batch, metrics named SUMMED sums.
+      (gradient, metrics); both are means over the batch, metrics named SUMMED sums. The gradient of one part has the
+      dtypes of `trainable`, that of several is summed in float32.
     """
 
     def of_part(trainable, batch, keys):
@@ -46,8 +47,7 @@ def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, ke
 
     gradient = jax.grad(of_part, has_aux=True)
     if parts == 1:
-        gradients, metrics = gradient(trainable, batch, keys)
-        return float32(gradients), metrics
+        return gradient(trainable, batch, keys)
 
     interleaved = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
@@ -87,8 +87,10 @@ def keeps_average(config: configs.Config) -> bool:
     return config.training.ema > 0 or config.optimizer.name == SCHEDULE_FREE
 
 
-def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
+def make_step(trained: frozenset[str], config: configs.Config, operands: Callable) -> Callable:
     """`(loss, state, batch, key) -> (state, metrics)`; to be jitted with the state donated.
+
+    The loss is differentiated with respect to `operands(what trains)`, see `Stage`; everything after is float32.
 
     A step whose loss or gradient norm is not finite leaves the state as it was, but for the counters. The schedule of
     the learning rate counts the steps that were taken.
@@ -101,7 +103,7 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
     def update(old, gradients, norm):
         trainable, opt_state, average = old
         with jax.named_scope("clip"):
-            gradients = clip(gradients, norm, config.optimizer.clip)
+            gradients = clip(float32(gradients), norm, config.optimizer.clip)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradients, opt_state, trainable)
             trainable = optax.apply_updates(trainable, updates)
@@ -114,9 +116,11 @@ def make_step(trained: frozenset[str], config: configs.Config) -> Callable:
         keys = picture_keys(key, state.step, pictures)
         trainable, frozen = split(state.params, trained)
         with jax.named_scope("gradient"):
-            gradients, metrics = accumulated_gradient(loss, trainable, frozen, batch, keys, config.optimizer.accumulate)
+            gradients, metrics = accumulated_gradient(
+                loss, operands(trainable), frozen, batch, keys, config.optimizer.accumulate
+            )
         with jax.named_scope("norm"):
-            norm = optax.global_norm(gradients)
+            norm = optax.global_norm(float32(gradients))
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         # A conditional: a select between the old and the new arrays would keep a copy of what is updated in place.
         kept = jax.lax.cond(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import flux_twin
@@ -16,6 +17,7 @@ from twins import apart, foreign_class, tensors_of
 
 from lwd_jax.backbones import flux, load_backbone, save_backbone, sd3
 from lwd_jax.errors import UserError
+from lwd_jax.train.program import operands
 from lwd_jax.weights.model import abstract_params, init_params
 from lwd_jax.weights.table import cover, flat, write
 
@@ -63,6 +65,29 @@ def test_bfloat16_is_near_float32(twin):
     near = jax.jit(twin.module(dtype=jnp.bfloat16).apply)({"params": params}, *given)
     assert near.dtype == jnp.float32
     assert 0 < apart(np.asarray(near), twin.output(params, *given)) < 0.03
+
+
+@over(RICHEST)
+def test_gradients_by_the_operands_are_those_by_the_masters(twin):
+    """Bit for bit, in half the memory: a bfloat16 model rounds its kernels, and their gradients, anyway."""
+    module, given = twin.module(dtype=jnp.bfloat16), twin.inputs()
+    params = twin.params(twin.foreign())
+
+    def gradient(params):
+        return jax.value_and_grad(lambda p: jnp.square(module.apply({"params": p}, *given)).mean())(params)
+
+    def bits(params):  # by default XLA may skip a rounding
+        return jax.jit(gradient).lower(params).compile({"xla_allow_excess_precision": False})(params)
+
+    copy = operands(params, module.dtype)
+    (expected, by_masters), (found, by_operands) = bits(params), bits(copy)
+    assert found == expected
+    halved = {path for path, leaf in flat(copy).items() if leaf.dtype == jnp.bfloat16}
+    kernels = {path for path in flat(params) if path.endswith("/kernel")}
+    assert halved == {path for path in kernels if not re.match("(time|guidance|pooled)/(up|down)/", path)}
+    for path, leaf in flat(by_operands).items():
+        assert leaf.dtype == flat(copy)[path].dtype
+        np.testing.assert_array_equal(leaf.astype(jnp.float32), flat(by_masters)[path], err_msg=path)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,10 +1,13 @@
 """Figures are pictures of page width made of the arrays given; equal arrays give equal bytes."""
 
 import io
+import itertools
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 from PIL import Image
 
 from lwd_jax.evaluate.spectrum import Spectrum
@@ -31,6 +34,22 @@ def test_figures_are_pictures_of_page_width(name):
     assert image.format == "PNG" and 1300 < image.width < 1500
     assert 200 < image.height < 4 * image.width
     assert np.asarray(image.convert("RGB")).std() > 3  # something is drawn
+
+
+def test_no_words_stand_on_others(monkeypatch):
+    """Titles, legends and notes, where the names are as long as captions are."""
+    made = []
+    monkeypatch.setattr(figures, "png", made.append)
+    names = [f"{word} tabby cat looking into ..." for word in ("one", "another", "third")]
+    falling = np.clip(1.5 - 2 * np.linspace(0, 1, 50), 0, 1)
+    figures.supervised_fraction(dict.fromkeys(names, falling), np.linspace(0, 1, 50), 0.3)
+    MADE["spectrum"](), MADE["curves"](), MADE["bins"]()
+    for figure in made:
+        figure.draw_without_rendering()
+        parts = [*figure.texts, *itertools.chain(*(axes.get_children() for axes in figure.axes))]
+        words = [part for part in parts if isinstance(part, Legend) or isinstance(part, Text) and part.get_text()]
+        for one, other in itertools.combinations(words, 2):
+            assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
 
 
 def test_equal_arrays_give_equal_bytes_and_leave_no_style_behind():
