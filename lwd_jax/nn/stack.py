@@ -1,5 +1,9 @@
 """Stacks of equal blocks: one scanned body with stacked parameters, under a named rematerialisation policy."""
 
+import functools
+from collections.abc import Callable
+
+import jax
 from flax import linen as nn
 from jax import checkpoint_policies
 
@@ -49,3 +53,24 @@ def stacked(block: type[nn.Module], count: int, remat: str) -> type[nn.Module]:
         in_axes=nn.broadcast,
         length=count,
     )
+
+
+def in_turn(block: nn.Module) -> Callable:
+    """`block`, called so that its whole backward pass is over before that of what came before it begins.
+
+    The gradients of a block's weights are needed last of all, and XLA may put their products off: their operands, all
+    of a block's inside, would be held all through the backward pass of the stack before it.
+    """
+
+    def call(module, *given):
+        return module(*given)
+
+    def forward(module, *given):
+        return nn.vjp(call, module, *given)
+
+    def backward(pullback, cotangent):
+        leaves, tree = jax.tree.flatten(pullback(cotangent))
+        held = jax.lax.optimization_barrier([leaf for leaf in leaves if leaf.dtype != jax.dtypes.float0])
+        return tree.unflatten(leaf if leaf.dtype == jax.dtypes.float0 else held.pop(0) for leaf in leaves)
+
+    return functools.partial(nn.custom_vjp(call, forward, backward), block)

@@ -1,0 +1,62 @@
+"""A block called in turn computes the same, and its weights' gradients are ready before any of what it was given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lwd_jax.nn.stack import in_turn, rematerialised
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, emb, real):
+        picture, text = tokens
+        text = text if real is None else text * real[..., None]
+        return nn.Dense(6)(jnp.tanh(picture) * emb) + nn.Dense(6)(text).sum(1, keepdims=True)
+
+
+class Model(nn.Module):
+    settled: bool
+
+    @nn.compact
+    def __call__(self, tokens, emb, real):
+        last = rematerialised(Block, "full")(name="last")
+        return (in_turn(last) if self.settled else last)((nn.Dense(4, name="first")(tokens[0]), tokens[1]), emb, real)
+
+
+def given(masked):
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(2, 5, 3)).astype(np.float32), random.normal(size=(2, 3, 4)).astype(np.float32)
+    return tokens, random.normal(size=(2, 1, 4)).astype(np.float32), np.arange(6).reshape(2, 3) < 4 if masked else None
+
+
+def loss(settled):
+    return lambda params, *args: jnp.square(Model(settled).apply({"params": params}, *args)).sum()
+
+
+def test_nothing_is_computed_differently():
+    for masked in (False, True):
+        tokens, emb, real = given(masked)
+        params = Model(False).init(jax.random.key(1), tokens, emb, real)["params"]
+        assert jax.tree.structure(params) == jax.tree.structure(
+            Model(True).init(jax.random.key(1), *given(masked))["params"]
+        )
+        made, expected = (
+            jax.value_and_grad(loss(kind), (0, 1, 2))(params, tokens, emb, real) for kind in (True, False)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), made, expected)
+
+
+def test_the_weights_gradients_do_not_wait():
+    """What comes before the block is differentiated with what a barrier over all of the block's gradients gives out."""
+    params = Model(True).init(jax.random.key(1), *given(False))["params"]
+    traced = jax.make_jaxpr(jax.grad(loss(True)))(params, *given(False))
+    barriers = [e for e in traced.eqns if e.primitive.name == "optimization_barrier"]
+    assert len(barriers) == 1
+    shapes = [v.aval.shape for v in barriers[0].outvars]
+    for leaf in jax.tree.leaves(params["last"]) + [np.zeros((2, 5, 4))]:
+        assert leaf.shape in shapes
+    after = traced.eqns[traced.eqns.index(barriers[0]) + 1 :]
+    first = [v for v, path in zip(traced.jaxpr.outvars, jax.tree.leaves_with_path(params)) if "first" in str(path[0])]
+    assert len(first) == 2 and set(first) <= {v for e in after for v in e.outvars}
