@@ -5,12 +5,12 @@ import os
 import shutil
 import tempfile
 
+from compiling import QUICKLY
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Compiling is most of the tests' time. Level 0 spares LLVM's optimisations, half of it; XLA's own passes run as ever.
-# Tests of what optimisation might break ask for level 3.
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " " + QUICKLY
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one worker or command has compiled, the others read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -1,7 +1,8 @@
 """Flags of XLA per chip kind: the one table of them. `lwd plan` compiles with them and prints them (`--flags KIND`),
 and the launchers start runs with what it prints.
 
-Here stand flags whose purpose and default are documented, where the documents suggest another value than the default:
+Here stand flags whose purpose and default are documented, where the documents suggest another value than the default,
+or where a plan shows that it is worse:
 TPU: openxla.org/xla/flags_guidance. GPU: openxla.org/xla/gpu_optimization_levels, and their defaults in XLA's
 debug_options_flags.cc. What is the default already is not repeated (the latency hiding scheduler and the asynchronous
 all-gathers of TPUs). Left at the default although another value is suggested: the pipelining of all-gathers over ICI,
@@ -15,6 +16,11 @@ from lwd_jax.errors import choose
 _TPU = {
     # All-to-all beside arithmetic; default: it waits. The exchange of Ulysses is one.
     "xla_tpu_enable_async_all_to_all": True,
+    # From how many MiB on a product is worked in parts while its operand or result goes around the ring; here never.
+    # With fsdp = 16 there are 16 parts, each reads the whole other operand again, and the gradients' parts are thin.
+    # SD3-medium at 1024 px on v5e:4x4, without and with the parts: 68 and 150 GB over HBM, 10.9 and 14.4 GB sent by a
+    # chip and step, 2.70 and 2.80 GiB, 464 and 721 ms by the compiler's estimate.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
 }
 _V5E = {
     # All-reduces beside arithmetic, in parts; default: only all-gathers. Needs xla_tpu_enable_async_collective_fusion,
@@ -38,7 +44,7 @@ FLAGS = {  # kind of plan.topology.CHIPS, or all GPUs -> flag -> value
 _NAMES = ((r"v5(lite|-lite|e)", "v5e"), (r"v5p", "v5p"), (r"v6e", "v6e"), (r"tpu7x", "tpu7x"))
 
 
-def flags_of(name: str) -> dict[str, bool]:
+def flags_of(name: str) -> dict[str, bool | int]:
     """The flags of a chip kind, by its name here, by that of a topology (v5e:4x4) or by an accelerator type of a cloud.
 
     Raises:
@@ -49,6 +55,6 @@ def flags_of(name: str) -> dict[str, bool]:
     return choose(FLAGS, known, "chip kind")
 
 
-def as_words(flags: dict[str, bool]) -> str:
+def as_words(flags: dict[str, bool | int]) -> str:
     """As XLA reads them in LIBTPU_INIT_ARGS and XLA_FLAGS."""
     return " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items())

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import AS_USERS
 from kl_twin import random_params
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.config import Reconstruction
 from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.weights.table import flat
-
-FULL = {"xla_backend_optimization_level": 3}  # as users run it; references are compiled at the tests' level 0
 
 
 def assert_near(ours, wanted) -> None:
@@ -63,7 +62,9 @@ def plain_gradient(side):
 def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat):
     """Every policy gives the gradient of no remat. (On XLA:CPU one was once seen wrong, at one size alone.)"""
     params, plain = plain_gradient(side)
-    assert_near(jax.jit(jax.grad(functools.partial(stage_1_loss, remat, side)), compiler_options=FULL)(params), plain)
+    assert_near(
+        jax.jit(jax.grad(functools.partial(stage_1_loss, remat, side)), compiler_options=AS_USERS)(params), plain
+    )
 
 
 @pytest.mark.parametrize("side", [64, pytest.param(128, marks=pytest.mark.heavy)])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import AS_USERS
 
 from lwd_jax.backbones import sd3
 from lwd_jax.errors import UserError
@@ -18,7 +19,6 @@ CONFIG = sd3.Config(
     sample_size=32, num_layers=3, attention_head_dim=64, num_attention_heads=1,
     joint_attention_dim=32, pooled_projection_dim=16, pos_embed_max_size=32, qk_norm=True,
 )  # fmt: skip
-FULL = {"xla_backend_optimization_level": 3}  # as users run it; references are compiled at the tests' level 0
 CASES = {  # sizes, and latent positions of a side
     "64 px": (CONFIG, 8),
     "128 px, both kinds of blocks": (dataclasses.replace(CONFIG, num_layers=5, dual_layers=2), 16),
@@ -52,7 +52,7 @@ def loss_of(remat, config=CONFIG):
 @functools.cache
 def compiled(remat, case):
     lowered = jax.jit(jax.value_and_grad(loss_of(remat, CASES[case][0]))).lower(*arguments(case))
-    return lowered.compile(None if remat == "none" else FULL)
+    return lowered.compile(None if remat == "none" else AS_USERS)
 
 
 @functools.cache

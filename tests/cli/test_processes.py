@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compiling import QUICKLY
 from PIL import Image
 from tiny_models import random_params
 
@@ -118,7 +119,7 @@ def start(root, command, count, only=None):
     started = []
     for number in range(count) if only is None else [only]:
         environ = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICKLY}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from compiling import QUICKLY
 from etils.epath import Path
 from PIL import Image
 from tiny_models import FLUX, write_pipeline, write_workdir
@@ -37,8 +38,7 @@ from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.program import build_program
 from lwd_jax.train.setup import stage_of
 
-# Compiling is most of a run of few steps: one device, and as little optimisation as there is.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+QUICK = {"XLA_FLAGS": QUICKLY}
 PICTURES = {
     "photographs", "saliency_and_masks", "supervised_fraction", "reconstructions", "pooled", "spectrum", "stage1_loss",
     "stage2_loss", "loss_by_time", "samples",
