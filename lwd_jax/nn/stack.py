@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import jax
 from flax import linen as nn
+from flax import traverse_util
 from jax import checkpoint_policies
 
 from lwd_jax.errors import choose
 from lwd_jax.nn.attention import SAVED
+from lwd_jax.nn.layers import FIXED, SCALE
 
 
 def _is_fused_attention(primitive, *_, **__) -> bool:
@@ -59,8 +61,11 @@ def in_turn(block: nn.Module) -> Callable:
     """`block`, called so that its whole backward pass is over before that of what came before it begins.
 
     The gradients of a block's weights are needed last of all, and XLA may put their products off: their operands, all
-    of a block's inside, would be held all through the backward pass of the stack before it.
+    of a block's inside, would be held all through the backward pass of the stack before it. With adapters the weights
+    have no gradients, and nothing is put off.
     """
+    if any(path[-1] in (SCALE, *FIXED) for path in traverse_util.flatten_dict(block.variables.get("params", {}))):
+        return block
 
     def call(module, *given):
         return module(*given)

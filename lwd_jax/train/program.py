@@ -170,7 +170,7 @@ def backbone_stage(
 
     Args:
       config: of the run.
-      module: the backbone.
+      module: the backbone, of the config's dtype.
       init: key -> its random parameters.
       scale: unscaled latent -> latent in use, of the autoencoder that made the cache.
       latent: (h, w, C) of a square picture.
@@ -208,8 +208,8 @@ def backbone_stage(
         "pooled": (size, model.pooled_projection_dim),
     }
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    stage = Stage(init, loss, batch, never_trained(config), operands=functools.partial(operands, dtype=module.dtype))
-    return adapted(stage, config)
+    rounded = functools.partial(operands, dtype=jnp.dtype(config.dtype))
+    return adapted(Stage(init, loss, batch, never_trained(config), operands=rounded), config)
 
 
 def adapted(stage: Stage, config: Config) -> Stage:
