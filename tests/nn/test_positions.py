@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwd_jax.nn.positions import grid_positions, interpolate_rows, sincos, table_positions, time_features
+from lwd_jax.nn.positions import (
+    Rotation,
+    grid_positions,
+    interpolate_rows,
+    rotate,
+    sincos,
+    table_positions,
+    time_features,
+)
 
 
 def test_sincos_is_its_formula():
@@ -82,3 +90,20 @@ def test_time_features_equal_diffusers():
 
 def test_time_features_are_float32_whatever_they_are_given():
     assert time_features(jnp.asarray([0.3], jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pairs_turn_as_complex_numbers(dtype):
+    """And so do gradients, by the opposite angle: in float32 inside, rounded once."""
+    random = np.random.default_rng(0)
+    x, g = (jnp.asarray(random.normal(size=(2, 5, 3, 8)), dtype) for _ in range(2))
+    angles = random.uniform(-9, 9, size=(1, 5, 4))
+    rotation = Rotation(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
+    made, pull = jax.vjp(lambda x: rotate(x, rotation, 1.3), x)
+    turn = 1.3 * np.exp(1j * angles)[:, :, None]
+    for given, found, by in ((x, made, turn), (g, pull(g)[0], turn.conj())):
+        pairs = np.asarray(given, np.float64)
+        pairs = (pairs[..., ::2] + 1j * pairs[..., 1::2]) * by
+        expected = np.stack([pairs.real, pairs.imag], -1).reshape(x.shape)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=jnp.finfo(dtype).eps, atol=1e-6)
