@@ -6,7 +6,7 @@ name (the layers of scanned blocks) are never split: the scan walks along them.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,22 +26,26 @@ class Rule(NamedTuple):
     layouts: tuple[tuple, ...]
 
 
-# Dense kernels are [.., in, out]: `fsdp` splits one axis, `tensor` the axis that is made of heads or hidden units, so
-# that a pair (q k v -> out, up -> down) needs one sum over `tensor`. Convolutions are [kh, kw, in, out]. Of the factors
-# of an adapter, [.., in, r] and [.., r, out], the long axis is split.
-_COLUMN = (("fsdp", "tensor"), ("fsdp", None), (None, "fsdp"))
-_ROW = (("tensor", "fsdp"), (None, "fsdp"), ("fsdp", None))
-_PLAIN = (("fsdp", None), (None, "fsdp"))
+# The weights of a transformer are split over `context` too where it divides them: its devices hold other positions of
+# the same pictures, and have no more use for whole weights than those that hold other pictures.
+WEIGHT_AXES = ("fsdp", "context")
+
+# Dense kernels are [.., in, out]: WEIGHT_AXES split one axis, `tensor` the axis that is made of heads or hidden units,
+# so that a pair (q k v -> out, up -> down) needs one sum over `tensor`. Of the factors of an adapter, [.., in, r] and
+# [.., r, out], the long axis is split. Convolutions are [kh, kw, in, out]; over `context` lie the rows that they read.
+_COLUMN = ((WEIGHT_AXES, "tensor"), (WEIGHT_AXES, None), (None, WEIGHT_AXES))
+_ROW = (("tensor", WEIGHT_AXES), (None, WEIGHT_AXES), (WEIGHT_AXES, None))
+_PLAIN = ((WEIGHT_AXES, None), (None, WEIGHT_AXES))
 _CONV = ((None, None, "fsdp", "tensor"), (None, None, "fsdp", None), (None, None, None, "fsdp"))
 RULES = (
     Rule(r"(^|/)(bias|scale|lora_scale)$", ((),)),
     Rule(r"(^|/)[^/]*(position|pos_embed)[^/]*(/[^/]+)?$", _PLAIN),
+    Rule(r"(^|/)[^/]*conv[^/]*/kernel$", _CONV),
     Rule(r"(^|/)(\w+_)?(q|k|v|up|gate|modulation)/kernel$", _COLUMN),
     Rule(r"(^|/)(\w+_)?(out|down)/kernel$", _ROW),
-    Rule(r"(^|/)[^/]*conv[^/]*/kernel$", _CONV),
     Rule(r"(^|/)kernel$", _PLAIN),
-    Rule(r"(^|/)(lora|fixed)_a$", (("fsdp", None), ())),
-    Rule(r"(^|/)(lora|fixed)_b$", ((None, "fsdp"), ())),
+    Rule(r"(^|/)(lora|fixed)_a$", ((WEIGHT_AXES, None), ())),
+    Rule(r"(^|/)(lora|fixed)_b$", ((None, WEIGHT_AXES), ())),
 )
 
 
@@ -51,8 +55,19 @@ def path_string(path) -> str:
 
 
 def _divides(shape: tuple[int, ...], layout: tuple, mesh: Mesh) -> bool:
+    def parts(axes):
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
     sizes = shape[len(shape) - len(layout) :]
-    return all(axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(sizes, layout))
+    return all(size % parts(axes) == 0 for size, axes in zip(sizes, layout))
+
+
+def _choices(rule: Rule, mesh: Mesh) -> Iterator[tuple]:
+    """The layouts of a rule on a mesh, best first."""
+    for layout in rule.layouts:
+        if mesh.shape["context"] > 1:
+            yield layout
+        yield tuple("fsdp" if axes == WEIGHT_AXES else axes for axes in layout)
 
 
 def spec_of(path: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> PartitionSpec:
@@ -64,7 +79,7 @@ def spec_of(path: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> Par
     for rule in RULES:
         if not re.search(rule.pattern, path):
             continue
-        for layout in rule.layouts:
+        for layout in _choices(rule, mesh):
             if len(layout) <= len(shape) and _divides(shape, layout, mesh):
                 layers = (None,) * (len(shape) - len(layout)) if layout else ()
                 return PartitionSpec(*layers, *layout)

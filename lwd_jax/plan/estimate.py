@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from lwd_jax.config import Config
 from lwd_jax.nn import attention
 from lwd_jax.parallel.mesh import AXES, batch_parts
-from lwd_jax.parallel.rules import batch_shardings
+from lwd_jax.parallel.rules import WEIGHT_AXES, batch_shardings
 from lwd_jax.plan.compile import resident_bytes
 from lwd_jax.plan.count import Operations, operations_of
 from lwd_jax.plan.flops import TRAINING, backbone_forward
@@ -203,7 +203,7 @@ def estimate(config: Config, topology: Topology, shapes: Shapes, mesh: AbstractM
     # A picture's activations lie over context; the residual stream, most of what remat policies save, is whole along
     # tensor. Only those of one accumulation step wait.
     of_chip = pictures / (batch_parts(mesh) * mesh.shape["context"])
-    temporaries = _of_shard(shapes.trained, mesh) + saved * of_chip / config.optimizer.accumulate
+    temporaries = _of_shard(shapes.trained, config, mesh) + saved * of_chip / config.optimizer.accumulate
     result = Result(
         program="train",
         pictures=pictures,
@@ -218,8 +218,14 @@ def estimate(config: Config, topology: Topology, shapes: Shapes, mesh: AbstractM
     return Estimate(result, temporaries)
 
 
-def _of_shard(size: float, mesh: AbstractMesh) -> float:
-    return size / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+def _weight_axes(config: Config, mesh: AbstractMesh) -> tuple[tuple[str, ...], int]:
+    """The axes of more than one device that weights are split over besides `tensor`, and their devices."""
+    axes = tuple(axis for axis in (WEIGHT_AXES if config.stage == 2 else ("fsdp",)) if mesh.shape[axis] > 1)
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _of_shard(size: float, config: Config, mesh: AbstractMesh) -> float:
+    return size / (_weight_axes(config, mesh)[1] * mesh.shape["tensor"])
 
 
 def _half(config: Config) -> int:
@@ -228,7 +234,7 @@ def _half(config: Config) -> int:
 
 
 def _weights(config: Config, shapes: Shapes, mesh: AbstractMesh) -> float:
-    """Bytes of all weights as they are multiplied with, gathered over fsdp."""
+    """Bytes of all weights as they are multiplied with, gathered."""
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.state.params))
     return count * _half(config) / mesh.shape["tensor"]
 
@@ -248,11 +254,12 @@ def _activations_moved(config: Config, shapes: Shapes) -> float:
 def _traffic(config: Config, shapes: Shapes, mesh: AbstractMesh, slices: int):
     """Rows of what each chip sends, where it sends anything."""
     accumulate = config.optimizer.accumulate
-    data, fsdp, context, tensor = (mesh.shape[axis] for axis in AXES)
-    gradients = _of_shard(shapes.trained, mesh)
+    data, _, context, tensor = (mesh.shape[axis] for axis in AXES)
+    gradients = _of_shard(shapes.trained, config, mesh)
+    split, parts = _weight_axes(config, mesh)
     rows = [  # axis, collective, bytes of its operands
-        ("fsdp", "all-gather", 2 * accumulate * _weights(config, shapes, mesh) / fsdp),
-        ("fsdp", "reduce-scatter", accumulate * gradients * fsdp),
+        ("+".join(split), "all-gather", 2 * accumulate * _weights(config, shapes, mesh) / parts),
+        ("+".join(split), "reduce-scatter", accumulate * gradients * parts),
         ("data", "all-reduce", gradients),
     ]
     if shapes.tokens is not None:
@@ -267,7 +274,7 @@ def _traffic(config: Config, shapes: Shapes, mesh: AbstractMesh, slices: int):
             rows.append(("context", "all-gather", 2 * passes * share / tensor))
     if slices > 1:
         yield Traffic("all-reduce", BETWEEN_SLICES, 1, SENT["all-reduce"](slices) * gradients)
-    sizes = {"data": data // slices, "fsdp": fsdp, "context": context, "tensor": tensor}
+    sizes = {"data": data // slices, "context": context, "tensor": tensor, "+".join(split): parts}
     for axis, kind, size in rows:
         if sizes[axis] > 1:
             yield Traffic(kind, axis, 1, SENT[kind](sizes[axis]) * size)

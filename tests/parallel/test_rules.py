@@ -10,27 +10,35 @@ from lwd_jax.parallel.rules import batch_shardings, param_shardings, spec_of
 
 MESH = make_mesh(configs.Mesh(data=1, fsdp=2, context=2, tensor=2))
 F32 = 4
+BOTH = ("fsdp", "context")
 
 
 @pytest.mark.parametrize(
     "path, shape, spec",
     [
-        ("joint_blocks/picture/q/kernel", (24, 64, 64), P(None, "fsdp", "tensor")),
-        ("joint_blocks/picture/added_q/kernel", (24, 64, 64), P(None, "fsdp", "tensor")),
-        ("joint_blocks/text/out/kernel", (24, 64, 64), P(None, "tensor", "fsdp")),
-        ("mlp/up/kernel", (64, 256), P("fsdp", "tensor")),
-        ("mlp/down/kernel", (256, 64), P("tensor", "fsdp")),
+        ("joint_blocks/picture/q/kernel", (24, 64, 64), P(None, BOTH, "tensor")),
+        ("joint_blocks/picture/added_q/kernel", (24, 64, 64), P(None, BOTH, "tensor")),
+        ("joint_blocks/text/out/kernel", (24, 64, 64), P(None, "tensor", BOTH)),
+        ("mlp/up/kernel", (64, 256), P(BOTH, "tensor")),
+        ("mlp/up/kernel", (66, 256), P("fsdp", "tensor")),  # context does not divide it
+        ("mlp/down/kernel", (256, 64), P("tensor", BOTH)),
+        ("mlp/down/lora_a", (256, 4), P(BOTH, None)),
         ("blocks/norm_q/scale", (24, 64), P()),
         ("blocks/q/bias", (24, 64), P()),
         ("decoder/conv_in/kernel", (3, 3, 16, 64), P(None, None, "fsdp", "tensor")),
         ("decoder/conv_out/kernel", (3, 3, 64, 3), P(None, None, "fsdp", None)),
         ("encoder/conv_in/kernel", (3, 3, 3, 64), P(None, None, None, "fsdp")),
         ("odd/conv/kernel", (3, 3, 3, 5), P()),  # small, and nothing divides: whole everywhere
-        ("time/proj/kernel", (64, 64), P("fsdp", None)),
+        ("time/proj/kernel", (64, 64), P(BOTH, None)),
     ],
 )
 def test_layouts(path, shape, spec):
     assert spec_of(path, shape, F32, MESH) == spec
+
+
+def test_without_context_there_is_no_such_axis():
+    mesh = make_mesh(configs.Mesh(data=1, fsdp=4, context=1, tensor=2))
+    assert spec_of("mlp/up/kernel", (64, 256), F32, mesh) == P("fsdp", "tensor")
 
 
 def test_a_scanned_axis_is_never_split():
@@ -51,7 +59,7 @@ def test_a_large_parameter_that_does_not_divide_raises():
 def test_shards_lie_where_the_table_says():
     tree = {"blocks": {"q": {"kernel": jnp.zeros((2, 8, 8)), "bias": jnp.zeros((2, 8))}}}
     placed = jax.device_put(tree, param_shardings(tree, MESH))
-    assert placed["blocks"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 4, 4)
+    assert placed["blocks"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 2, 4)
     assert placed["blocks"]["q"]["bias"].addressable_shards[0].data.shape == (2, 8)
 
 
