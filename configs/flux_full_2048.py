@@ -2,7 +2,8 @@
 
 Slice: v6e:4x4 (16 chips), 1 picture a chip.
 HBM per chip: state 11.9 GB by formula (11,901,408,320 parameters x 16 bytes: weights, two moments, average, float32,
-over 16 chips of `fsdp`), gradients 3.0 GB, and the activations of 16,384 picture tokens a picture under full remat.
+over 16 chips of `fsdp`), bfloat16 weights and gradients 3.0 GB, and the activations of 16,384 picture tokens a picture
+under full remat.
 
 The model is told a guidance of 1 while it trains (URAE). The shift is static: FLUX's own rule would be exp(mu) = 25 at
 this size, where hardly a time below 1 is left.

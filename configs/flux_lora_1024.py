@@ -5,8 +5,8 @@ blocks have two streams, out. The model is told a guidance of 1 while it trains 
 own rule is exp(mu) = 3.2 at 1024 px, but 25 at 2048 px.
 
 Slice: v5e:2x2 (4 chips), 1 picture a chip.
-HBM per chip: state 6.0 GB by formula (11,901,408,320 frozen parameters x 2 bytes, bfloat16, and 18,677,760 that train
-x 20 bytes: weight, two moments and two more of Prodigy, float32, over 4 chips of `fsdp`), gradients 0.0 GB, and the
+HBM per chip: state 6.0 GB by formula (11,901,408,320 frozen parameters x 2 bytes, bfloat16, and 18,677,760 that train x
+20 bytes: weight, two moments and two more of Prodigy, float32, over 4 chips of `fsdp`), gradients 0.0 GB, and the
 activations of 4,096 picture tokens a picture under full remat.
 
 lwd train --config=configs/flux_lora_1024.py --workdir=runs/flux_lora_1024 \

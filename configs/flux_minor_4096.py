@@ -5,9 +5,10 @@ LoRA of 2048 px, whose workdir is where it starts from. NTK factors of 10 and pr
 size; `lwd sample` and the previews draw with them too.
 
 Slice: v6e:4x4 (16 chips), 1 picture on 8 chips (`context` splits its height).
-HBM per chip: state 12.1 GB by formula (11,901,408,320 frozen parameters x 2 bytes, bfloat16, and 18,677,760 that
-train x 20 bytes: weight, two moments and two more of Prodigy, float32, over 2 chips of `fsdp`), gradients 0.0 GB, and
-the activations of 65,536 picture tokens a picture under full remat. The factors that do not train take 0.1 GB more.
+HBM per chip: state 1.5 GB by formula (11,901,408,320 frozen parameters x 2 bytes, bfloat16, and 18,677,760 that train x
+20 bytes: weight, two moments and two more of Prodigy, float32, over 2 chips of `fsdp` x 8 of `context`), gradients 0.0
+GB, and the activations of 65,536 picture tokens a picture under full remat. The factors that do not train take 0.1 GB
+more.
 
 lwd train --config=configs/flux_minor_4096.py --workdir=runs/flux_minor_4096 \
     --config.data.latents=LATENTS --config.models.backbone=runs/flux_lora_2048 \

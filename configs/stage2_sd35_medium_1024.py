@@ -2,7 +2,8 @@
 
 Slice: v5e:4x4 (16 chips), 1 picture a chip.
 HBM per chip: state 2.2 GB by formula (2,243,171,520 parameters x 16 bytes: weights, two moments, average, float32, over
-16 chips of `fsdp`), gradients 0.6 GB, and the activations of 4,096 picture tokens a picture under full remat.
+16 chips of `fsdp`), bfloat16 weights and gradients 0.6 GB, and the activations of 4,096 picture tokens a picture under
+full remat.
 
 lwd train --config=configs/stage2_sd35_medium_1024.py --workdir=runs/stage2_sd35_medium_1024 \
     --config.data.latents=LATENTS --config.models.backbone=SD3_FOLDER --config.models.autoencoder=STAGE1_WORKDIR

@@ -1,8 +1,9 @@
 """Stage 2: SD3-medium fine-tuned with the wavelet mask at 4096 px.
 
 Slice: v5e:4x4 (16 chips), 1 picture on 4 chips (`context` splits its height).
-HBM per chip: state 8.1 GB by formula (2,028,328,000 parameters x 16 bytes: weights, two moments, average, float32, over
-4 chips of `fsdp`), gradients 2.0 GB, and the activations of 65,536 picture tokens a picture under full remat.
+HBM per chip: state 2.0 GB by formula (2,028,328,000 parameters x 16 bytes: weights, two moments, average, float32, over
+4 chips of `fsdp` x 4 of `context`), bfloat16 weights and gradients 0.5 GB, and the activations of 65,536 picture tokens
+a picture under full remat.
 
 lwd train --config=configs/stage2_sd3_4096.py --workdir=runs/stage2_sd3_4096 \
     --config.data.latents=LATENTS --config.models.backbone=SD3_FOLDER --config.models.autoencoder=STAGE1_WORKDIR

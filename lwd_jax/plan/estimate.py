@@ -30,7 +30,7 @@ from lwd_jax.train.models import open_trained
 from lwd_jax.train.program import Stage, abstract_state, trained_paths
 from lwd_jax.train.state import State, merge, split, state_shardings
 
-_FLOAT32 = 4  # bytes, of gradients
+_FLOAT32 = 4  # bytes: of a float32 gradient, or of a bfloat16 one and of the weight that products take
 
 
 class Work(NamedTuple):
@@ -63,7 +63,7 @@ class Shapes(NamedTuple):
 
     Attributes:
       state: ShapeDtypeStructs.
-      trained: bytes of the float32 gradients of all that trains.
+      trained: bytes of the gradients of all that trains, and of the copy in bfloat16 that they are by.
       batch: name -> ShapeDtypeStruct of one picture.
       work: remat policy -> of one picture.
       model: FLOPs of one picture by formula, nothing recomputed.
