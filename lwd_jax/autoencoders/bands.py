@@ -88,8 +88,26 @@ class Affine(NamedTuple):
         return x.astype(jnp.float32) * self.factor + self.offset
 
 
+@jax.custom_vjp
+def _silu(activate: Affine, x: Array) -> Array:
+    return nn.silu(activate(x)).astype(x.dtype)
+
+
+def _silu_backward(operands: tuple[Affine, Array], gradient: Array):
+    # By hand, so that x alone is kept for it: of its own JAX would keep two float32 arrays of that size.
+    (activate, x), wide = operands, operands[1].astype(jnp.float32)
+    y = activate(x)
+    sigmoid = jax.nn.sigmoid(y)
+    gradient = gradient.astype(jnp.float32) * sigmoid * (1 + y * (1 - sigmoid))
+    of_affine = Affine((gradient * wide).sum((1, 2), keepdims=True), gradient.sum((1, 2), keepdims=True))
+    return of_affine, (gradient * activate.factor).astype(x.dtype)
+
+
+_silu.defvjp(lambda activate, x: (_silu(activate, x), (activate, x)), _silu_backward)
+
+
 def _activated(activate: Affine | None, x: Array) -> Array:
-    return x if activate is None else nn.silu(activate(x)).astype(x.dtype)
+    return x if activate is None else _silu(activate, x)
 
 
 def _product(step: Step, x: Array, kernel: Array, dtype=None) -> Array:
@@ -202,25 +220,29 @@ def convolve(
     return _by_platform(whole, on_cpu, on_others)(x, kernel, bias, activate, plus)
 
 
-def _moments_whole(x: Array) -> Array:
+def _moments_whole(x: Array) -> tuple[Array, Array]:
     # About a value of the row itself, which changes nothing but the rounding: E[x^2] - E[x]^2 loses the spread of
     # values far from zero. The middle one, because the zeros around a picture set its edges apart.
     about = jax.lax.stop_gradient(x[:, :, x.shape[2] // 2, None]).astype(jnp.float32)
     x = x.astype(jnp.float32) - about
     mean, square = x.mean(2), jnp.square(x).mean(2)
-    return jnp.stack([mean + about[:, :, 0], jnp.maximum(square - jnp.square(mean), 0.0)], axis=-1)
+    return mean + about[:, :, 0], jnp.maximum(square - jnp.square(mean), 0.0)
 
 
-def _moments_bands(band: int, x: Array) -> Array:
+def _moments_bands(band: int, x: Array) -> tuple[Array, Array]:
     batch, height, width, channels = x.shape
     size = min(height, max(1, band // (batch * width * channels)))
     bits = _bits(x)
-    result = jnp.zeros((batch, height, channels, 2), jnp.float32)
-    return _write_bands(result, size, lambda _, start, count: _moments_whole(_rows(bits, start, count, x.dtype)))
+    result = jnp.zeros((batch, height, 2, channels), jnp.float32)
+
+    def moments(_, start, count):
+        return jnp.stack(_moments_whole(_rows(bits, start, count, x.dtype)), axis=2)
+
+    return tuple(jnp.moveaxis(_write_bands(result, size, moments), 2, 0))
 
 
-def row_moments(x: Array, limits: Limits = Limits()) -> Array:
-    """Mean and variance over each row and channel: [B H W C] -> [B H C 2] float32."""
+def row_moments(x: Array, limits: Limits = Limits()) -> tuple[Array, Array]:
+    """Mean and variance over each row and channel: [B H W C] -> two of [B H C] float32."""
     if x.size <= limits.cpu:
         return _moments_whole(x)
     return _by_platform(_moments_whole, functools.partial(_moments_bands, limits.cpu_band), _moments_whole)(x)

@@ -6,6 +6,7 @@ norm statistics, the softmax, the posterior and the decoded picture are float32:
 accumulators of their products.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,12 +84,42 @@ def unscale(config: Config, z: Array) -> Array:
     return z / config.scaling + config.shift
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation over (H, W, the channels of a group), as the map that does it; a float32 island.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def group_moments(x: Array, groups: int) -> tuple[Array, Array]:
+    """Mean and variance over (H, W, the channels of a group): [B H W C] -> two of [B groups], float32.
 
-    Moments are taken over each row and channel first, then combined (Chan et al., 1983), in one pass over the picture:
-    a running float32 sum over all 16 million pixels of a 5K photograph would lose its last digits.
+    They are taken over each row and channel first, then combined (Chan et al., 1983), in one pass over the picture: a
+    running float32 sum over all 16 million pixels of a 5K photograph would lose its last digits.
     """
+    batch, height, _, channels = x.shape
+    means, variances = (part.reshape(batch, height, groups, channels // groups) for part in row_moments(x))
+    mean = means.mean((1, 3))
+    return mean, (variances + jnp.square(means - mean[:, None, :, None])).mean((1, 3))
+
+
+def _moments_forward(x: Array, groups: int):
+    mean, variance = group_moments(x, groups)
+    return (mean, variance), (x, mean)
+
+
+def _moments_backward(groups: int, kept: tuple[Array, Array], gradients: tuple[Array, Array]):
+    # Derived for all rows at once: d mean / dx = 1 / n, d variance / dx = 2 (x - mean) / n.
+    x, mean = kept
+    n = x.size // mean.size
+    mean, of_mean, of_variance = (_per_channel(part, x.shape[-1]) for part in (mean, *gradients))
+    return (((of_mean + 2 * of_variance * (x.astype(jnp.float32) - mean)) / n).astype(x.dtype),)
+
+
+group_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _per_channel(moments: Array, channels: int) -> Array:
+    """[B groups] -> [B 1 1 C]."""
+    return jnp.repeat(moments, channels // moments.shape[-1], axis=-1)[:, None, None]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over (H, W, the channels of a group), as the map that does it; a float32 island."""
 
     groups: int
     param_dtype: jnp.dtype = jnp.float32
@@ -96,19 +127,12 @@ class GroupNorm(nn.Module):
     @nn.compact
     @shaped("x: B H W C")
     def __call__(self, x: Array) -> Affine:
-        batch, _, _, channels = x.shape
+        channels = x.shape[-1]
         gain = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
-        row_mean, row_variance = jnp.moveaxis(row_moments(x), -1, 0)
-
-        def per_group(moments):  # [B H C] -> [B 1 C], the mean over rows and the group's channels
-            groups = moments.mean(1).reshape(batch, self.groups, -1).mean(-1, keepdims=True)
-            return jnp.broadcast_to(groups, (batch, self.groups, channels // self.groups)).reshape(batch, 1, channels)
-
-        mean = per_group(row_mean)
-        variance = per_group(row_variance + jnp.square(row_mean - mean))
-        factor = (gain * jax.lax.rsqrt(variance + NORM_EPS))[:, None]
-        return Affine(factor, bias - mean[:, None] * factor)
+        mean, variance = group_moments(x, self.groups)
+        factor = gain * _per_channel(jax.lax.rsqrt(variance + NORM_EPS), channels)
+        return Affine(factor, bias - _per_channel(mean, channels) * factor)
 
 
 class ResnetBlock(nn.Module):

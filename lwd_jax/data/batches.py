@@ -19,6 +19,7 @@ from lwd_jax.data.dataset import held_out as held_out_numbers
 from lwd_jax.data.latents import Latents, open_latents
 from lwd_jax.data.order import Order
 from lwd_jax.data.pictures import UNREADABLE, decode
+from lwd_jax.data.records import STORAGE
 from lwd_jax.errors import UserError
 
 STATE = "global_next_index"
@@ -64,6 +65,7 @@ class Encoded:
     def __init__(self, latents: Latents, config: Config, stream: Order):
         self.latents, self.stream = latents, stream
         self.seed, self.dropout = config.seed, config.matching.caption_dropout
+        self.dtype = STORAGE[config.dtype]
 
     def __call__(self, index: int) -> dict:
         number = self.stream.record(index)
@@ -71,7 +73,9 @@ class Encoded:
         if order.uniform(self.seed, order.DROPOUT, index) >= self.dropout:
             draw = order.uniform(self.seed, order.CAPTION, index)
             states, _ = self.latents.text(number, int(draw * self.latents.caption_count(number)))
-        return {**_latent_example(self.latents, number, states), "replaced": np.uint8(0)}
+        example = _latent_example(self.latents, number, states)
+        # The first thing a backbone does is to round them: half the bytes go from host to device, and stay there.
+        return example | {"tokens": example["tokens"].astype(self.dtype), "replaced": np.uint8(0)}
 
 
 def _latent_example(latents: Latents, number: int, states) -> dict:
@@ -201,8 +205,8 @@ def make_batches(
     """The training batches of a config.
 
     Stage 1: {"picture": uint8 [B H W 3]}. Stage 2: {"mean", "std": [B h w C] unscaled, "tokens": [B L D], "token_mask":
-    [B L], "pooled": [B P]}, float32; caption dropout is applied. B counts this process's rows. All pictures of a global
-    batch have one bucket's shape.
+    [B L], "pooled": [B P]}, float32 but for the tokens, which have the config's dtype; caption dropout is applied. B
+    counts this process's rows. All pictures of a global batch have one bucket's shape.
 
     Args:
       process_index: which row of `blocks` this process reads.

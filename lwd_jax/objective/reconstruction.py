@@ -47,9 +47,9 @@ def _latent(posterior, key: Array, sample: bool) -> tuple[Array, Array]:
 def _scale_consistency(decode: Callable, z: Array, x: Array, key: Array, config: Reconstruction) -> Array:
     """Distance of D(pool_s(z)) and pool_s(x), [B], with one s of `config.scales` per step.
 
-    The shapes differ by s, so there is one branch per s in one program, chosen when it runs. The whole choice is
-    rematerialised: a conditional otherwise hands the residuals of every branch to the backward pass, taken or not,
-    and one more pooled decode costs at most a quarter of the full one.
+    The shapes differ by s, so there is one branch per s in one program, chosen when it runs. The whole choice, where
+    there is one, is rematerialised: a conditional otherwise hands the residuals of every branch to the backward pass,
+    taken or not, and one more pooled decode costs at most a quarter of the full one.
     """
     distance = choose(DISTANCES, config.distance, "distance")
     for scale in config.scales:
@@ -61,6 +61,8 @@ def _scale_consistency(decode: Callable, z: Array, x: Array, key: Array, config:
         return lambda z, x: _per_sample(distance(decode(pool(z, scale)).astype(jnp.float32) - pool(x, scale)))
 
     branches = [branch(scale) for scale in config.scales]
+    if len(branches) == 1:
+        return branches[0](z, x)
     drawn = jax.random.randint(key, (), 0, len(branches))
     return jax.checkpoint(lambda drawn, z, x: jax.lax.switch(drawn, branches, z, x))(drawn, z, x)
 

@@ -1,9 +1,8 @@
 """Flags of XLA per chip kind: the one table of them. `lwd plan` compiles with them and prints them (`--flags KIND`),
 and the launchers start runs with what it prints.
 
-Here stand flags whose purpose and default are documented, where the documents suggest another value than the default,
-or where a plan shows that it is worse:
-TPU: openxla.org/xla/flags_guidance. GPU: openxla.org/xla/gpu_optimization_levels, and their defaults in XLA's
+Here stand flags whose default is not what the documents suggest, or is worse by a plan. The documents are, of TPUs,
+openxla.org/xla/flags_guidance; of GPUs, openxla.org/xla/gpu_optimization_levels, and the defaults in XLA's
 debug_options_flags.cc. What is the default already is not repeated (the latency hiding scheduler and the asynchronous
 all-gathers of TPUs). Left at the default although another value is suggested: the pipelining of all-gathers over ICI,
 which holds the weights of two layers.

@@ -6,7 +6,7 @@ import statistics
 from etils.epath import Path
 from huggingface_hub import ModelCard, ModelCardData
 
-from lwd_jax.report.pipeline import SD3
+from lwd_jax.report.pipeline import FAMILIES, SD3
 from lwd_jax.train import metrics
 
 PAPER = "https://arxiv.org/abs/2506.00433"
@@ -26,6 +26,7 @@ _FIGURES = {
         "supervised_fraction": "supervised fraction of the positions",
     },
 }
+_SOLVERS = {family.pipeline: family.solver for family in FAMILIES.values()}
 _INHERITED = ("license", "license_name", "license_link", "base_model", "language")
 
 
@@ -162,6 +163,14 @@ def _positions(config: dict) -> str:
     )
 
 
+def _solver(manifest: dict) -> str:
+    """What the folder's scheduler does otherwise than the run."""
+    asked, able = manifest["sampling"]["solver"], _SOLVERS[manifest["pipeline"]]
+    if able in ("", asked) or manifest["form"] != "merged":
+        return ""
+    return f"\nThe run sampled with {asked}. {manifest['pipeline']} runs with {able} alone, and so does this folder.\n"
+
+
 def _use(manifest: dict, absent: list[str], adapters: str = "") -> str:
     """`adapters`: the lines that load adapters over a pipeline without text encoders."""
     if manifest["stage"] == 1:
@@ -240,7 +249,7 @@ these are the {"averaged (EMA)" if manifest["weights"] == "ema" else "plain"} we
 `folder` is the path of this folder.
 
 {_use(manifest, absent)}
-{_positions(config) if stage == 2 else ""}
+{_positions(config) + _solver(manifest) if stage == 2 else ""}
 ## Figures
 
 {_figures(workdir, manifest)}

@@ -207,7 +207,8 @@ def backbone_stage(
         "token_mask": (size, tokens),
         "pooled": (size, model.pooled_projection_dim),
     }
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    dtypes = {"tokens": jnp.dtype(config.dtype)}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.float32)) for name, shape in shapes.items()}
     rounded = functools.partial(operands, dtype=jnp.dtype(config.dtype))
     return adapted(Stage(init, loss, batch, never_trained(config), operands=rounded), config)
 

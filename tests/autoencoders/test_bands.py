@@ -71,11 +71,12 @@ def test_row_moments(dtype, offset):
     """Mean and variance, the latter also of values far from zero for their spread."""
     x = jax.random.normal(jax.random.key(0), (2, 11, 14, 3), dtype) + offset
     wide = np.asarray(x, np.float64)
-    wanted = np.stack([wide.mean(2), wide.var(2)], -1)
+    wanted = wide.mean(2), wide.var(2)
     for limits in (Limits(), Limits(0, 1), Limits(0, 2 * 14 * 3 * 4)):
         ours, back = jax.vjp(jax.jit(functools.partial(row_moments, limits=limits)), x)
-        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
-        gradient = np.asarray(back(jnp.ones_like(ours))[0], np.float64)
+        for moment, theirs in zip(ours, wanted, strict=True):
+            np.testing.assert_allclose(moment, theirs, rtol=1e-5, atol=1e-6)
+        gradient = np.asarray(back(jax.tree.map(jnp.ones_like, ours))[0], np.float64)
         centred = wide - wide.mean(2, keepdims=True)
         np.testing.assert_allclose(gradient, (1 + 2 * centred) / 14, rtol=2e-2, atol=1e-3)
 
@@ -117,10 +118,34 @@ def test_bands_need_little_memory_on_a_cpu():
         def step(x, kernel, bias):
             limits = Limits(whole, 1 << 20)
             y = convolve(Step(1, SAME), jnp.tanh(x), kernel, bias, limits=limits)
-            mean, variance = jnp.moveaxis(row_moments(y, limits).mean(1, keepdims=True), -1, 0)
+            mean, variance = (part.mean(1, keepdims=True)[:, :, None] for part in row_moments(y, limits))
             return jnp.tanh((y.astype(jnp.float32) - mean) * variance).astype(jnp.bfloat16)
 
         return jax.jit(step).lower(x, kernel, bias).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(1 << 30) > 250 * 2**20  # the control: were this to change, bands would be idle
     assert temporaries(0) < 144 * 2**20  # input, result, and bands
+
+
+@pytest.mark.parametrize("dtype, limit", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_activation_before_a_convolution(dtype, limit):
+    """silu(x factor + offset) and its gradients are those of the formula; x alone is kept for them."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = 3 * jax.random.normal(keys[0], (2, 9, 14, 3), dtype)
+    activate = Affine(*jax.random.normal(keys[1], (2, 2, 1, 1, 3)))
+    weight = jax.random.normal(keys[2], x.shape)
+
+    def plain(activate, x):
+        return jnp.sum(weight * jax.nn.silu(x.astype(jnp.float32) * activate.factor + activate.offset))
+
+    def ours(activate, x):
+        return jnp.sum(weight * bands._activated(activate, x).astype(jnp.float32))
+
+    for got, wanted in zip(
+        jax.tree.leaves(jax.jit(jax.value_and_grad(ours, (0, 1)))(activate, x)),
+        jax.tree.leaves(jax.value_and_grad(plain, (0, 1))(activate, x.astype(jnp.float32))),
+        strict=True,
+    ):
+        assert np.linalg.norm(got.astype(jnp.float32) - wanted) <= limit * np.linalg.norm(wanted)
+    kept = jax.tree.leaves(jax.vjp(bands._activated, activate, x)[1])
+    assert sum(leaf.nbytes for leaf in kept) <= x.nbytes + 2 * activate.factor.nbytes

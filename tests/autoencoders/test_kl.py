@@ -188,6 +188,24 @@ def test_group_norm_in_closed_form():
     assert np.abs(normed(jnp.full((1, 8, 8, 12), 7.3))).max() < 1e-2
 
 
+@pytest.mark.parametrize(
+    "dtype, offset, limit", [(jnp.float32, 0, 1e-5), (jnp.float32, 300, 1e-4), (jnp.bfloat16, 0, 1e-2)]
+)
+def test_gradients_of_group_moments_are_those_of_the_formula(dtype, offset, limit):
+    """Against the plain mean and variance of float64, also of values far from zero for their spread."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 9, 14, 12), dtype) + jnp.asarray(offset, dtype)
+    gradients = tuple(jax.random.normal(keys[1], (2, 2, 4)))
+    ours, back = jax.vjp(lambda x: kl.group_moments(x, 4), x)
+    wide = np.asarray(x, np.float64).reshape(2, 9 * 14, 4, 3)
+    mean, variance = wide.mean((1, 3)), wide.var((1, 3))
+    assert relative(ours[0], mean) < 1e-6 and relative(ours[1], variance) < 1e-5
+    of_mean, of_variance = (np.asarray(g, np.float64)[:, None, :, None] for g in gradients)
+    wanted = (of_mean + 2 * of_variance * (wide - mean[:, None, :, None])) / (9 * 14 * 3)
+    got = back(gradients)[0]
+    assert got.dtype == dtype and relative(got.astype(jnp.float32), wanted.reshape(x.shape)) < limit
+
+
 def test_scale_and_back():
     z = jax.random.normal(jax.random.key(0), (1, 3, 3, 16))
     for config in kl.VARIANTS.values():

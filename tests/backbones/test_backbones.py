@@ -110,6 +110,17 @@ def test_batch_members_do_not_see_each_other(twin):
 
 
 @over({"SD3": sd3_twin.PLAIN, "FLUX": flux_twin.DEV})
+def test_text_states_are_read_in_the_dtype_of_the_products(twin):
+    """So batches of them may be rounded to it before they go to a device: the same bits come out."""
+    z_t, t, cond = twin.inputs()
+    rounded = cond._replace(tokens=cond.tokens.astype(jnp.bfloat16))
+    module, params = twin.module(dtype=jnp.bfloat16), twin.params(twin.foreign())
+    of_both, of_rounded = (jax.jit(module.apply)({"params": params}, z_t, t, text) for text in (cond, rounded))
+    assert np.any(cond.tokens != rounded.tokens) and np.any(of_both)
+    np.testing.assert_array_equal(of_both, of_rounded)
+
+
+@over({"SD3": sd3_twin.PLAIN, "FLUX": flux_twin.DEV})
 def test_new_model_predicts_zero_and_learns(twin):
     """adaLN-Zero: the first prediction is 0, and its gradient reaches the last projection. Blocks of a stack are drawn
     each from its own key."""

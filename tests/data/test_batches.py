@@ -14,6 +14,7 @@ from lwd_jax.data import batches as module
 from lwd_jax.data.batches import IDENTITY, STATE, held_out, held_out_captions, make_batches
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
 from lwd_jax.data.latents import Encoder, Plan
+from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import hashed_words
 from lwd_jax.errors import UserError
 
@@ -76,13 +77,16 @@ def test_stage_1_batches(folder):
     assert aside == {10 * i for i in range(COUNT)} - kept
 
 
-def test_stage_2_batches(folder):
-    got = make_batches(config_of(folder, 2))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stage_2_batches(folder, dtype):
+    got = make_batches(dataclasses.replace(config_of(folder, 2), dtype=dtype))
     text = hashed_words(None)
     seen, dropped, total = set(), 0, 0
     for batch in take(got, 12 * got.batches_per_epoch):
         height, width = batch["mean"].shape[1:3]
-        assert (8 * height, 8 * width) in got.shapes and all(value.dtype == np.float32 for value in batch.values())
+        assert (8 * height, 8 * width) in got.shapes
+        assert {name for name, value in batch.items() if value.dtype != np.float32} <= {"tokens"}
+        assert batch["tokens"].dtype == STORAGE[dtype]
         assert batch["std"].shape == (4, height, width, 2) and (batch["std"] == batch["mean"] / 100).all()
         for row in range(4):
             number = round(batch["mean"][row].max() / 10)

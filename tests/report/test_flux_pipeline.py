@@ -104,6 +104,16 @@ def test_positions_come_along_to_sampling_and_to_the_folder(tmp_path):
                                 tmp_path / "plain_model") / "README.md").read_text()  # fmt: skip
 
 
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_the_card_says_where_the_pipeline_runs_with_another_solver(tmp_path, solver):
+    base = write_pipeline(tmp_path / "base", sizes=FLUX)
+    models = {"autoencoder": str(base), "backbone": str(base)}
+    run = write_workdir(tmp_path / "run", 2, sizes=FLUX, models=models, sampling={"solver": solver})
+    folder = export(run, tmp_path / "model")
+    assert open_models(run).sampling().solver == solver and open_models(folder).sampling().solver == "euler"
+    assert ("sampled with heun" in (folder / "README.md").read_text()) is (solver == "heun")
+
+
 @pytest.mark.parametrize(
     ("sizes", "scheduler", "expected"),
     [
