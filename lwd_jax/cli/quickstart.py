@@ -37,7 +37,7 @@ SAMPLED = 6  # prompts
 COMPARED = 4  # prompts, drawn with a LoRA and with what is read back of it
 WORDS = 11  # of a caption that are read; the text encoder adds one token for the beginning
 STEPS = {"before": 210, "after": 50, "base": 240, "arm": 60}  # training steps of the parts
-FAST_STEPS = 3
+FAST_STEPS = 3  # of training and of sampling
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 # Of stage 2. FLUX is sampled with the guidance that it was told in training, 1.
 BACKBONES = {"sd3": {}, "flux": {"models__backbone_variant": "flux-tiny", "sampling__embedded_guidance": 1.0}}
@@ -146,6 +146,8 @@ def _train(stage: int, workdir: Path, steps: int, fast: bool, **overrides) -> li
     fields = {"training__steps": steps, "training__preview_every": steps} | mesh_fields(jax.device_count()) | overrides
     if fast:
         fields |= {"optimizer__warmup": 1, "training__log_every": 1}
+        if stage == 2:
+            fields["sampling__steps"] = FAST_STEPS
     given = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     return ["train", f"--config={_config(stage)}", f"--workdir={workdir}", *given]
 
@@ -175,11 +177,10 @@ def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     ]
 
 
-def _sample(title: str, models: Path, photographs: list[Photograph], out: Path, fast: bool) -> Part:
+def _sample(title: str, models: Path, photographs: list[Photograph], out: Path) -> Part:
     """Draws the captions of photographs."""
     prompts = [f"--prompt={photograph.caption}" for photograph in photographs]
-    few = ["--steps=2"] if fast else []
-    words = ["sample", f"--models={models}", *prompts, f"--out={out}", "--batch=2", *few]
+    words = ["sample", f"--models={models}", *prompts, f"--out={out}", "--batch=2"]
     return Part(title, words, out / SAMPLES_INDEX)
 
 
@@ -203,7 +204,7 @@ def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool, backbon
         parts.append(Part(titles[arm], words, workdir / FOLDER / str(arm_steps)))
     for arm, workdir in run.arms().items():
         title = f"sample with the {arm} backbone"
-        parts.append(_sample(title, workdir, photographs[:SAMPLED], run.samples()[arm], fast))
+        parts.append(_sample(title, workdir, photographs[:SAMPLED], run.samples()[arm]))
     export = ["export", f"--workdir={run.lwd}", f"--out={run.export}"]
     return [*parts, Part("export: a diffusers folder", export, run.export / MANIFEST)]
 
@@ -224,7 +225,7 @@ def _adapter_parts(run: Run, photographs: list[Photograph], fast: bool, backbone
     ]
     for name, models in run.adapted().items():
         out = run.adapted_samples()[name]
-        parts.append(_sample(f"sample for the LoRA's round trip: {name}", models, photographs[:COMPARED], out, fast))
+        parts.append(_sample(f"sample for the LoRA's round trip: {name}", models, photographs[:COMPARED], out))
     return parts
 
 

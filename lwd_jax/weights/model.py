@@ -1,5 +1,6 @@
 """What a model's file ends in, and how any such model is built, read and saved."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -58,10 +59,11 @@ def filled(foreign: Mapping[str, Any], defaults: Mapping[str, Any], class_name: 
     return dict(defaults) | known
 
 
-def _initialiser(model: Model, config, param_dtype) -> Callable:
-    module = model.build(config, param_dtype=param_dtype)
-    inputs = model.inputs(config, _INIT_RESOLUTION, 1)
+@functools.lru_cache(maxsize=64)  # commands ask several times, and tracing a model takes a second
+def _initialiser(build: Callable, inputs: Callable, config, param_dtype) -> Callable:
+    module, inputs = build(config, param_dtype=param_dtype), inputs(config, _INIT_RESOLUTION, 1)
 
+    @jax.jit
     def init(key):
         # One threefry program per parameter takes XLA longer to compile than the rest of init; this generator is one
         # instruction each.
@@ -74,12 +76,12 @@ def _initialiser(model: Model, config, param_dtype) -> Callable:
 
 def abstract_params(model: Model, config, param_dtype=jnp.float32):
     """The parameter tree as ShapeDtypeStructs; nothing is allocated."""
-    return jax.eval_shape(_initialiser(model, config, param_dtype), jax.random.key(0))
+    return jax.eval_shape(_initialiser(model.build, model.inputs, config, param_dtype), jax.random.key(0))
 
 
 def init_params(model: Model, config, key: jax.Array, dtype=jnp.float32, *, shardings=None):
     """Random parameters of the given dtype, made where `shardings` (a tree; None = the default device) puts them."""
-    return jax.jit(_initialiser(model, config, dtype), out_shardings=shardings)(key)
+    return jax.jit(_initialiser(model.build, model.inputs, config, dtype), out_shardings=shardings)(key)
 
 
 def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
