@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lwd_jax.autoencoders.bands import Affine, Conv, row_moments
-from lwd_jax.autoencoders.blockwise import blockwise_attention
 from lwd_jax.errors import UserError
-from lwd_jax.nn.attention import attention, by_platform, splash
+from lwd_jax.nn.attention import attention, blockwise, by_platform, splash
 from lwd_jax.nn.layers import precision_of
 from lwd_jax.nn.sharding import axis_size
 from lwd_jax.shapes import Array, shaped
@@ -175,19 +174,12 @@ class Attention(nn.Module):
         return x + dense("out")(h).reshape(x.shape)
 
 
-def _blockwise(q: Array, k: Array, v: Array, real: Array | None) -> Array:
-    del real  # nothing was padded
-    return blockwise_attention(q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, :, None]
-
-
 def _one_head(q: Array, k: Array, v: Array) -> Array:
-    """Attention [B N D] without an N x N matrix; over a mesh every device asks for its own positions, where they
-    divide.
-    """
+    """Attention [B N D]; over a mesh every device asks for its own positions, where they divide."""
+    q, k, v = (x[:, :, None] for x in (q, k, v))
     if q.shape[1] % axis_size("context"):
-        return blockwise_attention(q, k, v)
-    kernel = by_platform({"tpu": splash}, _blockwise)
-    return attention(*(x[:, :, None] for x in (q, k, v)), kernel=kernel)[:, :, 0]
+        return blockwise(q, k, v, None)[:, :, 0]
+    return attention(q, k, v, kernel=by_platform({"tpu": splash}))[:, :, 0]  # cuDNN's kernels take narrower heads
 
 
 class _Half(nn.Module):

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lwd_jax.nn.layers import precision_of
+from lwd_jax.nn.blockwise import blockwise_attention
 from lwd_jax.nn.sharding import ambient_mesh, axis_size, batch_axes
 from lwd_jax.shapes import shaped
 
@@ -26,19 +25,9 @@ _PLATFORM = contextvars.ContextVar("platform", default="")
 # (q [B L N d], k and v [B S N d], real [B S] bool, the keys to attend to, or None) -> [B L N d] in the dtype of q.
 
 
-def _xla(q, k, v, real):
-    """Logits and softmax in float32, an L x L matrix per head. The output is named `SAVED`.
-
-    The backward pass makes the matrix again: kept from every block of a model, it costs more memory than all else and
-    more time than the products that make it.
-    """
-    mask = None if real is None else real[:, None, None]
-    attend = functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="xla")
-    # jax.nn's function takes no precision; what is set while it is traced holds for its gradients too.
-    full = precision_of(q.dtype) is not None
-    with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
-        attended = jax.checkpoint(attend)(q, k, v)
-    return checkpoint_name(attended, SAVED)
+def blockwise(q, k, v, real):
+    """Plain products, block by block; what its backward pass needs is named `SAVED`."""
+    return blockwise_attention(q, k, v, real, name=SAVED)
 
 
 def _cudnn(q, k, v, real):
@@ -51,7 +40,7 @@ def _cudnn(q, k, v, real):
     # cuDNN takes a mask as a bias, and refuses to train with one where a length is odd.
     odd = real is not None and (q.shape[1] % 2 or k.shape[1] % 2)
     if not fits or odd:
-        return _xla(q, k, v, real)
+        return blockwise(q, k, v, real)
     mask = None if real is None else real[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
@@ -63,7 +52,7 @@ def splash(q, k, v, real):
     return splash_attention(q, k, v, real, name=SAVED)
 
 
-KERNELS = {"gpu": _cudnn, "tpu": splash}  # platform -> kernel; one that is not named uses XLA
+KERNELS = {"gpu": _cudnn, "tpu": splash}  # platform -> kernel; one that is not named uses `blockwise`
 
 
 @contextlib.contextmanager
@@ -76,16 +65,16 @@ def for_platform(platform: str):
         _PLATFORM.reset(token)
 
 
-def by_platform(kernels: Mapping[str, Callable], other: Callable) -> Callable:
-    """The kernel of the platform that it is traced for, `other` where none is named for it."""
+def by_platform(kernels: Mapping[str, Callable]) -> Callable:
+    """The kernel of the platform that it is traced for, `blockwise` where none is named for it."""
 
     def kernel(q, k, v, real):
-        return kernels.get(_PLATFORM.get() or jax.default_backend(), other)(q, k, v, real)
+        return kernels.get(_PLATFORM.get() or jax.default_backend(), blockwise)(q, k, v, real)
 
     return kernel
 
 
-_attend = by_platform(KERNELS, _xla)
+_attend = by_platform(KERNELS)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
