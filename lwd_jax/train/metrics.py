@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils.epath import Path
-from tensorboardX import SummaryWriter
 
 from lwd_jax.errors import UserError
 from lwd_jax.files import Spool, locate, write_whole
@@ -117,6 +116,9 @@ class Writer:
     def __init__(self, workdir: str | os.PathLike, step: int):
         self._file = self._board = None
         if jax.process_index() == 0:
+            # It imports PyTorch where that is installed, which takes seconds: only runs that write wait for it.
+            from tensorboardX import SummaryWriter
+
             workdir = locate(workdir)
             self._spool = Spool(workdir)
             here = self._spool.here
