@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from lwd_jax.nn.layers import precision_of
 from lwd_jax.shapes import Array, shaped
 
-SCORES = 1 << 22  # of all pictures and heads, of a block of queries and one of keys: 16 MiB in float32
-_LANES = 128  # blocks are multiples of it
+SCORES = 1 << 22  # of a picture's heads, of a block of queries and one of keys: 16 MiB in float32
+_UNIT = 8  # blocks are multiples of it
 _MASKED = -1e30  # a score; finite, so that rows of nothing else have no difference of infinities
 
 
@@ -39,7 +39,7 @@ def _blocks(positions: int, limit: int) -> tuple[int, int]:
     number = math.ceil(positions / limit)
     if number == 1:
         return 1, positions
-    size = math.ceil(positions / number / _LANES) * _LANES
+    size = math.ceil(positions / number / _UNIT) * _UNIT
     return math.ceil(positions / size), size
 
 
@@ -150,11 +150,10 @@ def blockwise_attention(q: Array, k: Array, v: Array, real: Array | None = None,
       real: [B S] bool, the keys to attend to; None = all.
       name: under which remat policies know the output and the log-sum-exp, all that the backward pass needs beside
         the arguments.
-      block: the most positions of one block; 0 = as many as make SCORES scores.
+      block: the most positions of one block; 0 = as many as make SCORES scores a picture.
 
     Returns:
       [B L N d] in the dtype of q.
     """
-    pictures, _, heads, _ = q.shape
-    how = _How(block or max(_LANES, math.isqrt(SCORES // (pictures * heads))), name)
+    how = _How(block or math.isqrt(SCORES // q.shape[2]), name)
     return _attention(how, *(x.swapaxes(1, 2) for x in (q, k, v)), real).swapaxes(1, 2)

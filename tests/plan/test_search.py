@@ -143,7 +143,7 @@ def test_candidates_divide_and_write_what_differs(shapes):
 
 def test_what_is_too_large_by_shape_is_not_compiled(shapes):
     whole = state_bytes(shapes, mesh_of(with_settings(TINY, {"mesh.data": 8, "mesh.fsdp": 1}), V5E))
-    small = with_chip(V5E, hbm=whole / 2)
+    small = with_chip(V5E, hbm=whole / 3)
     left, pruned = candidates(TINY, small, shapes)
     assert pruned["the state alone is too large for a chip"] > 0
     assert pruned["state and batch alone are too large for a chip"] > 0
