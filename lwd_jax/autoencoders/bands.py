@@ -223,7 +223,7 @@ def convolve(
 def _moments_whole(x: Array) -> tuple[Array, Array]:
     # About a value of the row itself, which changes nothing but the rounding: E[x^2] - E[x]^2 loses the spread of
     # values far from zero. The middle one, because the zeros around a picture set its edges apart.
-    about = jax.lax.stop_gradient(x[:, :, x.shape[2] // 2, None]).astype(jnp.float32)
+    about = x[:, :, x.shape[2] // 2, None].astype(jnp.float32)
     x = x.astype(jnp.float32) - about
     mean, square = x.mean(2), jnp.square(x).mean(2)
     return mean + about[:, :, 0], jnp.maximum(square - jnp.square(mean), 0.0)
@@ -242,10 +242,12 @@ def _moments_bands(band: int, x: Array) -> tuple[Array, Array]:
 
 
 def row_moments(x: Array, limits: Limits = Limits()) -> tuple[Array, Array]:
-    """Mean and variance over each row and channel: [B H W C] -> two of [B H C] float32."""
+    """Mean and variance over each row and channel: [B H W C] -> two of [B H C] float32. For values alone: gradients are
+    those of the moments that are made of them (`kl.group_moments`).
+    """
     if x.size <= limits.cpu:
         return _moments_whole(x)
-    return _by_platform(_moments_whole, functools.partial(_moments_bands, limits.cpu_band), _moments_whole)(x)
+    return jax.lax.platform_dependent(x, cpu=functools.partial(_moments_bands, limits.cpu_band), default=_moments_whole)
 
 
 class Conv(nn.Module):

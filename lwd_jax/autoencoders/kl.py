@@ -42,7 +42,7 @@ class Config:
     out_channels: int = 3
     scaling: float = 1.5305
     shift: float = 0.0609
-    sample_size: int = 1024  # px; kept for diffusers
+    sample_size: int | tuple[int, int] = 1024  # px; kept for diffusers
     force_upcast: bool = True  # kept for diffusers: its float16 pipelines decode in float32
 
     @property
@@ -404,15 +404,15 @@ def from_foreign(foreign: dict[str, Any]) -> Config:
         if (list(value) if isinstance(value, tuple) else value) != wanted:
             raise UserError(f"This AutoencoderKL has {name} {value!r}, but only {wanted!r} is supported.")
     values = {ours: full[name] for ours, (name, _) in _FIELDS.items()}
-    values |= {"block_out_channels": tuple(values["block_out_channels"]), "shift": values["shift"] or 0.0}
-    return Config(**values)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Config(**values | {"shift": values["shift"] or 0.0})
 
 
 def to_foreign(config: Config) -> dict[str, Any]:
     """The full diffusers config."""
-    values = {name: getattr(config, ours) for ours, (name, _) in _FIELDS.items()}
     # A shift of 0 is written as one: the pipelines of SD3 and FLUX add it, and cannot add null.
-    values["block_out_channels"] = list(config.block_out_channels)
+    values = {name: getattr(config, ours) for ours, (name, _) in _FIELDS.items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return values | _fixed(len(config.block_out_channels))
 
 

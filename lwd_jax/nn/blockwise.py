@@ -26,7 +26,7 @@ class _How(NamedTuple):
     """What is the same for all calls of one shape.
 
     Attributes:
-      block: the most positions of one block; as many as that are one block.
+      block: the most positions of one block, a multiple of _UNIT; as many as that are one block.
       name: of what the backward pass needs, for remat policies.
     """
 
@@ -150,10 +150,10 @@ def blockwise_attention(q: Array, k: Array, v: Array, real: Array | None = None,
       real: [B S] bool, the keys to attend to; None = all.
       name: under which remat policies know the output and the log-sum-exp, all that the backward pass needs beside
         the arguments.
-      block: the most positions of one block; 0 = as many as make SCORES scores a picture.
+      block: the most positions of one block, a multiple of 8; 0 = as many as make SCORES scores a picture.
 
     Returns:
       [B L N d] in the dtype of q.
     """
-    how = _How(block or math.isqrt(SCORES // q.shape[2]), name)
+    how = _How(block or math.isqrt(SCORES // q.shape[2]) // _UNIT * _UNIT, name)
     return _attention(how, *(x.swapaxes(1, 2) for x in (q, k, v)), real).swapaxes(1, 2)

@@ -14,6 +14,7 @@ from kl_twin import assert_gradients_equal, nchw, nhwc, random_params, relative,
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.errors import UserError
+from lwd_jax.nn.attention import for_platform
 from lwd_jax.weights.model import abstract_params
 from lwd_jax.weights.table import cover, flat
 
@@ -172,6 +173,17 @@ def test_no_position_by_position_matrix():
     assert squares(dense)
 
 
+@pytest.mark.parametrize("platform, kernel", [("tpu", "splash"), ("gpu", ""), ("cpu", "")])
+def test_a_tpu_has_a_kernel_for_its_attention(platform, kernel):
+    """Elsewhere the blocks are a loop of products: cuDNN's kernels take narrower heads than those of full size."""
+    module = kl.AutoencoderKL(kl.VARIANTS["tiny"], dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    with for_platform(platform):
+        params = jax.eval_shape(module.init, jax.random.key(0), x)
+        shown = str(jax.make_jaxpr(lambda params, x: module.apply(params, x, method="encode").mean)(params, x))
+    assert ("splash" in shown) is bool(kernel) and "dot_product_attention" not in shown
+
+
 def test_group_norm_in_closed_form():
     """Against float64 on activations far from zero for their spread, where E[x^2] - E[x]^2 fails; 0 on a constant."""
     rng = np.random.default_rng(0)
@@ -233,3 +245,10 @@ def test_foreign_config_there_and_back():
         foreign = kl.to_foreign(config)
         assert kl.from_foreign(foreign | {"_class_name": "AutoencoderKL", "_diffusers_version": "0.30"}) == config
         assert kl.from_foreign(json.loads(json.dumps(foreign))) == config
+
+
+def test_a_sample_size_of_two_sides():
+    """diffusers takes a pair too; a config is a key of caches, which a list cannot be."""
+    foreign = kl.to_foreign(kl.VARIANTS["tiny"]) | {"sample_size": [64, 96]}
+    config = kl.from_foreign(foreign)
+    assert kl.to_foreign(config) == foreign and abstract_params(kl.AUTOENCODER, config)

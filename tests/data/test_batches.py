@@ -143,15 +143,16 @@ def test_hosts_whose_rows_are_not_neighbours(folder):
         same(share, [{name: part[rows] for name, part in batch.items()} for batch in alone])
 
 
-def test_worker_processes_do_not_matter(folder):
-    alone = take(make_batches(config_of(folder, 1)), 7)
-    config = config_of(folder, 1, workers=2)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_worker_processes_do_not_matter(folder, stage):
+    alone = take(make_batches(config_of(folder, stage)), 7)
+    config = config_of(folder, stage, workers=2)
     pool = make_batches(config)
     same(take(pool, 4), alone[:4])
     state = pool.state()
     pool.close()
     # Saved with two workers, continued with one.
-    config = config_of(folder, 1, workers=1)
+    config = config_of(folder, stage, workers=1)
     other = make_batches(config, start_index=state[STATE])
     same(take(other, 3), alone[4:])
     other.close()

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lwd_jax.autoencoders.kl import VARIANTS, AutoencoderKL
-from lwd_jax.nn.attention import for_platform
 from lwd_jax.nn.blockwise import blockwise_attention
 
 
@@ -67,7 +65,7 @@ def test_no_key_at_all_is_no_nan():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_accumulates_in_float32(dtype):
     q, k, v, _ = random(1, 2000, 2, 16, dtype)
-    output = blockwise(q, k, v, block=512)
+    output = blockwise(q, k, v, block=812)
     wanted = dense(*(x.astype(jnp.float32) for x in (q, k, v)))
     assert output.dtype == dtype
     assert np.linalg.norm(output.astype(jnp.float32) - wanted) < 5e-3 * np.linalg.norm(wanted)
@@ -85,14 +83,3 @@ def test_memory_grows_linearly(heads):
     small, large = temporaries(16_384), temporaries(32_768)
     operand = 32_768 * heads * 64 * 4
     assert large < 2.1 * small and large < 128 * 2**20 + 12 * operand
-
-
-@pytest.mark.parametrize("platform, kernel", [("tpu", "splash"), ("gpu", ""), ("cpu", "")])
-def test_a_tpu_has_a_kernel_for_it(platform, kernel):
-    """In the autoencoder itself; elsewhere the blocks are a loop of products. (cuDNN's kernels take narrower heads.)"""
-    module = AutoencoderKL(VARIANTS["tiny"])
-    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    with for_platform(platform):
-        params = jax.eval_shape(module.init, jax.random.key(0), x)
-        shown = str(jax.make_jaxpr(lambda params, x: module.apply(params, x, method="encode").mean)(params, x))
-    assert ("splash" in shown) is bool(kernel) and ("fused_attention" in shown) is False
