@@ -61,13 +61,13 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, real: Array) -> Array:
-    """[B N q k] float32. real: [B 1 k 1] bool, the keys that are no padding."""
+def _scores(q: Array, k: Array, real: Array | None) -> Array:
+    """[B N q k] float32. real: [B 1 k 1] bool, the keys that are no padding; None = all."""
     scores = _dot("bnqd,bnkd->bnqk", q, k) * q.shape[-1] ** -0.5
     return scores if real is None else jnp.where(real.swapaxes(2, 3), scores, _MASKED)
 
 
-def _attend(q: Array, keys: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+def _attend(q: Array, keys: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
     """Queries [B N q d] against blocks of keys: output [B N q d] and log-sum-exp [B N q 1], float32."""
 
     def step(carry, block):

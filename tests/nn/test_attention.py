@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn import attention as room
+from lwd_jax.nn import blockwise
 from lwd_jax.nn.attention import SAVED, Tokens, attention, exchange, for_platform, joint_attention
 from lwd_jax.nn.sharding import AXES
 from lwd_jax.nn.splash import block_sizes, blocks_of, splash_attention
@@ -158,8 +159,10 @@ def kinds_of(heads, lengths, seed=0):
         ((2, 1, 1, 4), 8, "none"),
     ],
 )
-def test_a_mesh_changes_nothing(shape, heads, way):
-    """Results and gradients, odd lengths and padding included; every way in which positions meet."""
+def test_a_mesh_changes_nothing(shape, heads, way, monkeypatch):
+    """Results and gradients, odd lengths and padding included; every way in which positions meet. Alone the positions
+    are one block, over the mesh several.
+    """
     mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES)
     kinds = kinds_of(heads, (13, 7))
     weights = [draw(*kind.q.shape, seed=20) for kind in kinds]
@@ -171,6 +174,7 @@ def test_a_mesh_changes_nothing(shape, heads, way):
     given = [kind[:3] for kind in kinds]
     alone = jax.jit(jax.grad(value, has_aux=True))(given)
     given = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
+    monkeypatch.setattr(blockwise, "SCORES", 64 * heads)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(jax.grad(value, has_aux=True)).lower(given).compile()
     over, text = compiled(given), compiled.as_text()
