@@ -143,7 +143,7 @@ class SingleBlock(Projections):
         x = modulate(tokens, shift, scale)
         asked = turned(self.qkv(x), positions, self.logit_scale)
         attended = attention(asked.q, asked.k, asked.v, real=asked.real).reshape(tokens.shape)
-        both = self.down(jnp.concatenate([attended, gelu(self.up(x))], axis=-1))
+        both = self.down(attended, gelu(self.up(x)))
         return constrain_tokens(gated(tokens, gate, both)), None
 
 

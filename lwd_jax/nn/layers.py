@@ -1,6 +1,7 @@
 """Layers that every transformer here is made of. Parameters are kept in `param_dtype` and cast where they are used, so
 inside a scanned body a gather over the mesh moves the cast copy of one block, not the float32 masters of all."""
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -42,12 +43,16 @@ class Dense(nn.Module):
     kernel_init: Callable = XAVIER
 
     @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+    def __call__(self, *parts):
+        """x, or the parts that make it up in order along its last axis; neither they nor their gradients are joined."""
+        kernel = self.param(
+            "kernel", self.kernel_init, (sum(x.shape[-1] for x in parts), self.features), self.param_dtype
+        )
         bias = self.param("bias", ZEROS, (self.features,), self.param_dtype)
         out_dtype = self.out_dtype or self.dtype
-        y = self._product(x, kernel, out_dtype) + bias.astype(out_dtype)
-        return y + self.adapter(x) if self.has_variable("params", SCALE) or self.has_variable("params", FIXED[0]) else y
+        y = self._products(parts, kernel, out_dtype) + bias.astype(out_dtype)
+        adapted = self.has_variable("params", SCALE) or self.has_variable("params", FIXED[0])
+        return y + self.adapter(jnp.concatenate(parts, -1)) if adapted else y
 
     def dropped(self, x):
         """What the trained factors see of x: all of it, unless training drops a part (`adapters.dropout`)."""
@@ -66,6 +71,12 @@ class Dense(nn.Module):
             wide.append(b)
         # One sum over all columns: at the start of minor components they cancel in it before anything is rounded.
         return self._product(jnp.concatenate(narrow, -1), jnp.concatenate(wide), self.out_dtype or self.dtype)
+
+    def _products(self, parts, kernel, out_dtype):
+        if len(parts) == 1:
+            return self._product(*parts, kernel, out_dtype)
+        rows = jnp.split(kernel, list(itertools.accumulate(x.shape[-1] for x in parts[:-1])))
+        return sum(self._product(*pair, jnp.float32) for pair in zip(parts, rows)).astype(out_dtype)
 
     def _product(self, x, kernel, out_dtype):
         return lax.dot_general(

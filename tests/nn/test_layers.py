@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxprs import rounded, traced
+from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn.layers import Dense, RMSNorm, gelu, layer_norm
 from lwd_jax.nn.modulation import Modulation, gated, modulate
@@ -43,6 +43,38 @@ def test_dense_keeps_the_accumulator_where_asked():
     assert wide.dtype == jnp.float32
     np.testing.assert_allclose(wide, 512 * (1 + 2**-7) ** 2, rtol=1e-7)
     assert Dense(1, dtype=jnp.bfloat16).apply({"params": params}, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_parts_are_one_input_that_is_never_joined(dtype, error, adapted):
+    """The same result and gradients as of the joined input, rounded once; without an adapter nothing has its shape."""
+    parts = tuple(jnp.asarray(draw(2, 5, size, seed=size), dtype) for size in (12, 29, 7))
+    params = {"kernel": draw(48, 6), "bias": draw(6, seed=1)}
+    params |= {"lora_a": draw(48, 3, seed=2), "lora_b": draw(3, 6, seed=3)} if adapted else {}
+    fixed = {"lora_scale": np.float32(0.7)} if adapted else {}
+
+    def apart(params, parts):
+        return Dense(6, dtype=dtype).apply({"params": params | fixed}, *parts).astype(jnp.float32)
+
+    def joined(params, parts):
+        return Dense(6).apply({"params": params | fixed}, jnp.concatenate(parts, -1).astype(jnp.float32))
+
+    def both(function):
+        result, pullback = jax.vjp(function, params, parts)
+        return jax.tree.leaves((result, pullback(jnp.asarray(draw(2, 5, 6, seed=4)))))
+
+    for one, other in zip(both(apart), both(joined), strict=True):
+        one, other = np.float32(one), np.float32(other)
+        assert np.linalg.norm(one - other) <= error * np.linalg.norm(other)
+    back = traced(lambda *given: jax.vjp(apart, *given)[1](jnp.ones((2, 5, 6))), params, parts)
+    assert ((2, 5, 48) in shapes(back)) == adapted
+
+
+def test_the_sum_over_parts_is_rounded_once():
+    """256 and 1.5 are 257.5, 258 in bfloat16; of a rounded 257 + 0.5 nothing would be left."""
+    x, params = jnp.ones((1, 1), jnp.bfloat16), {"kernel": jnp.array([[256.0], [1.0], [0.5]]), "bias": jnp.zeros(1)}
+    assert Dense(1, dtype=jnp.bfloat16).apply({"params": params}, x, x, x) == 258
 
 
 def test_float32_products_are_in_full_precision():
