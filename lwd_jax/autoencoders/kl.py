@@ -59,7 +59,7 @@ VARIANTS = {
         block_out_channels=(8, 16, 32, 64),  # few at full size, where a CPU spends its time
         layers_per_block=1,
         norm_num_groups=1,  # groups of few channels would take each picture's colours away
-        scaling=0.4,  # what brings latents trained with `configs/quickstart_stage1.py` to about unit variance
+        scaling=0.25,  # what brings latents trained with `configs/quickstart_stage1.py` to about unit variance
         shift=0.0,
         sample_size=128,
     ),

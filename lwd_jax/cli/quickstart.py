@@ -154,7 +154,7 @@ def _train(stage: int, workdir: Path, steps: int, fast: bool, **overrides) -> li
 
 def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     before, after = (FAST_STEPS if fast else STEPS[name] for name in ("before", "after"))
-    plain = {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False, "optimizer__learning_rate": 3e-3}
+    plain = {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False, "optimizer__learning_rate": 1e-2}
     plain |= {"training__preview_every": 0}  # the report shows this one beside the other; compiling previews takes long
     data = {"data__dataset": run.dataset}
     encode = [f"--dataset={run.dataset}", f"--models={run.after}", f"--out={run.latents}", f"--resolution={SIDE}"]
