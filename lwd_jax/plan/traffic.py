@@ -30,8 +30,10 @@ _BEGINS = "async-collective-start"
 # It also fuses an all-reduce with the slice that is kept of it; such a fusion is a reduce-scatter.
 _SCATTERED = re.compile(r"all-reduce-scatter|reduce-scatter")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_ORDER = r"\[[\d,]+\](?:T\([\d,]+\))?"  # of an iota: its sides and how they are transposed
+_IOTA = re.compile(rf"replica_groups=\[([\d,]+)\]<=({_ORDER})")
+_OF_MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(({_ORDER}|[\d,]+)\))? \{{([^}}]*)\}}")
+_SOME = re.compile(r"replica_groups=(?!\{\})")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 
 
@@ -55,26 +57,39 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
+def _ordered(text: str) -> np.ndarray:
+    """The numbers of `[4,16]T(1,0)`, those below 64 as 4 rows, transposed; or those of a list `0,2,1,3`."""
+    if not text.startswith("["):
+        return np.array(_numbers(text))
+    sides, _, axes = text.strip("[)").partition("]")
+    ids = np.arange(math.prod(_numbers(sides))).reshape(_numbers(sides))
+    return (ids.transpose(_numbers(axes.removeprefix("T("))) if axes else ids).ravel()
+
+
 def groups_of(attributes: str, devices: int) -> list[list[int]]:
     """The groups of devices (numbers in the order of the mesh) that a collective runs in, or its (source, target)
     pairs.
+
+    Raises:
+      ValueError: they are written in a form that is not known here.
     """
     if match := _PAIRS.search(attributes):
         return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", match[1])]
     if match := _LISTED.search(attributes):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])]
     if match := _IOTA.search(attributes):
-        shape, sides = _numbers(match[1]), _numbers(match[2])
-        ids = np.arange(math.prod(sides)).reshape(sides)
-        ids = ids.transpose(_numbers(match[3])) if match[3] else ids
-        return ids.reshape(shape).tolist()
+        return _ordered(match[2]).reshape(_numbers(match[1])).tolist()
     if match := _OF_MESH.search(attributes):
-        return _of_mesh(match[1], match[2])
+        return _of_mesh(*match.groups())
+    if _SOME.search(attributes):
+        raise ValueError(f"These groups of devices cannot be read: {attributes[:200]}")
     return [list(range(devices))]
 
 
-def _of_mesh(axes: str, chosen: str) -> list[list[int]]:
-    """Groups of `mesh['a'=4,'b'=2] {'a'}`, or of a part of an axis, `{'a':(1)2}`: after a factor of 1, 2 of its 4."""
+def _of_mesh(axes: str, order: str | None, chosen: str) -> list[list[int]]:
+    """Groups of `mesh['a'=4,'b'=2] {'a'}`, or of a part of an axis, `{'a':(1)2}`: after a factor of 1, 2 of its 4. The
+    mesh is made of the devices in order, or of `device_ids=([2,4]T(1,0))`.
+    """
     sides, parts = [], []
     picked = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)}
     for name, side in re.findall(r"'([^']+)'=(\d+)", axes):
@@ -82,7 +97,8 @@ def _of_mesh(axes: str, chosen: str) -> list[list[int]]:
         before, size = (before, size) if size else (1, int(side))
         parts.append(len(sides) + 1)
         sides += [before, size, int(side) // (before * size)]
-    ids = np.arange(math.prod(sides)).reshape(sides)
+    ids = np.arange(math.prod(sides)) if order is None else _ordered(order)
+    ids = ids.reshape(sides)
     return np.moveaxis(ids, parts, range(-len(parts), 0)).reshape(-1, math.prod(sides[p] for p in parts)).tolist()
 
 

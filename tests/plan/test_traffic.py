@@ -197,10 +197,19 @@ def test_a_trip_count_that_is_nowhere_is_told():
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b','c'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ("replica_groups=mesh['a'=8] {'a':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=8] {'a':(4)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, x=1", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}", [[0, 3], [1, 2]]),
+        ("channel_id=1", [[0, 1, 2, 3, 4, 5, 6, 7]]),
     ],
 )
 def test_groups(attributes, groups):
     assert groups_of(attributes, 8) == groups
+
+
+def test_groups_in_an_unknown_form_are_told():
+    with pytest.raises(ValueError, match="cannot be read: replica_groups=new"):
+        groups_of("replica_groups=new['a'=8] {'a'}, x=1", 8)
 
 
 def test_axes():
