@@ -13,6 +13,7 @@ from PIL import Image
 from lwd_jax.autoencoders import kl, save_autoencoder
 from lwd_jax.backbones import flux, save_backbone, sd3
 from lwd_jax.cli.encode import make_encoder
+from lwd_jax.cli.mesh_flag import open_mesh
 from lwd_jax.config import load_config, to_json
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
 from lwd_jax.data.latents import Encoder, Plan, encode_dataset
@@ -134,4 +135,6 @@ def write_inputs(root: Path) -> None:
     pictures = [random.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(9)]
     captions = [(f"picture {number}",) for number in range(9)]
     plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
-    write_data(root, pictures, captions, make_encoder(*autoencoder(0), 4), hashed_words(None, **TEXT), plan)
+    write_data(
+        root, pictures, captions, make_encoder(*autoencoder(0), open_mesh("4,1,1,1")), hashed_words(None, **TEXT), plan
+    )

@@ -13,8 +13,9 @@ import shlex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from lwd_jax.cli.mesh_flag import open_mesh
 from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.data import buckets
@@ -24,6 +25,8 @@ from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import TEXT_ENCODERS, kind_of, open_text_encoder
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
+from lwd_jax.parallel.mesh import batch_parts, over
+from lwd_jax.parallel.rules import place_batch, replicated
 from lwd_jax.weights.folder import fingerprint
 
 EXAMPLE = (
@@ -65,8 +68,23 @@ def arguments(parser) -> None:
         "--storage", choices=tuple(STORAGE), default=Plan.storage, help="of latents and text states on disk"
     )
     parser.add_argument(
+        "--mesh",
+        help="devices: data,fsdp,context,tensor; 1,1,8,1 spreads every picture over 8 (default: pictures over all)",
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder's arithmetic"
     )
+
+
+def _mesh(args) -> Mesh:
+    """Of --mesh; without it, of as many devices as divide the batch."""
+    spread = math.gcd(args.batch_size, jax.local_device_count())
+    mesh = open_mesh(args.mesh or f"{spread},1,1,1")
+    if args.batch_size % batch_parts(mesh):
+        raise UserError(
+            f"--batch-size {args.batch_size} does not divide over data x fsdp = {batch_parts(mesh)} devices."
+        )
+    return mesh
 
 
 def _text_settings(args, kind: str) -> dict:
@@ -78,20 +96,18 @@ def _text_settings(args, kind: str) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def make_encoder(module, params, batch_size: int) -> Encoder:
-    """The autoencoder as `encode_dataset` takes it; a batch is spread over as many local devices as divide it.
+def make_encoder(module, params, mesh: Mesh) -> Encoder:
+    """The autoencoder as `encode_dataset` takes it.
 
     Args:
       module, params: of the autoencoder; the module's `config` has scaling, shift and latent_channels.
+      mesh: pictures lie over data and fsdp, their heights (or widths) over context.
     """
-    devices = jax.local_devices()[: math.gcd(batch_size, jax.local_device_count())]
-    mesh = Mesh(np.array(devices), ("data",))
-    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    placed = jax.device_put(params, everywhere)
-    posterior = make_posterior(module)
+    placed = jax.device_put(params, replicated(mesh))
+    posterior = over(mesh, make_posterior(module))
 
     def encode(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(map(np.asarray, posterior(placed, jax.device_put(pictures, rows))))
+        return tuple(map(np.asarray, posterior(placed, place_batch(pictures, mesh))))
 
     config = {**dataclasses.asdict(module.config), "scaling": module.config.scaling, "shift": module.config.shift}
     return Encoder(fingerprint(params), config, encode, jnp.dtype(module.dtype).name)
@@ -104,6 +120,7 @@ def _autoencoder_words(args) -> list[str]:
 
 def run(args) -> None:
     buckets.check_resolution(args.resolution, args.buckets)
+    mesh = _mesh(args)
     dataset = open_dataset(args.dataset)
     models = open_given(args.models, plain=args.plain)
     if args.plain and models.config.stage == 2:
@@ -120,7 +137,7 @@ def run(args) -> None:
     text = open_text_encoder({"kind": kind, "settings": _text_settings(args, kind)}, text_folder)
     print(f"Text: {text.notice}")
     module, params = models.autoencoder(dtype=jnp.dtype(args.dtype))
-    encoder = make_encoder(module, params, args.batch_size)
+    encoder = make_encoder(module, params, mesh)
     plan = Plan(
         resolution=args.resolution,
         keep_aspect=args.buckets,

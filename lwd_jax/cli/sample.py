@@ -9,6 +9,7 @@ import shlex
 
 import jax
 
+from lwd_jax.cli.mesh_flag import open_mesh
 from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
 from lwd_jax.errors import UserError, choose
@@ -42,6 +43,7 @@ def arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")
     parser.add_argument("--count", type=int, default=1, help="pictures per prompt (default %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="pictures sampled at a time (default %(default)s)")
+    parser.add_argument("--mesh", default="1,1,1,1", help="devices: data,fsdp,context,tensor (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--plain", action="store_true", help="of a workdir, the last weights, not the averaged ones")
     parser.add_argument("--autoencoder", default="", help="folder or workdir to take the autoencoder from instead")
@@ -94,13 +96,15 @@ def _request(args, models) -> Request:
 def run(args):
     check_free(args.out, args.overwrite, INDEX)
     models = open_given(args.models, plain=args.plain, autoencoder=args.autoencoder, base=args.base)
-    request = _request(args, models)
+    request, mesh = _request(args, models), open_mesh(args.mesh)
     encoder = text_encoder(models, args.text_models)
     print(f"Text: {encoder.notice}")
     cond, null = encode_prompts(encoder, request)
     del encoder  # it may be larger than the models
     with staged(args.out, args.overwrite, INDEX) as folder, progress() as show:
-        samples = write_samples(folder, sample_pictures(models, request, cond, null, show), request, models.describe())
+        samples = write_samples(
+            folder, sample_pictures(models, request, cond, null, show, mesh), request, models.describe()
+        )
     number = f"{len(samples)} picture{'' if len(samples) == 1 else 's'}"
     first = locate(args.out) / samples[0].file
     print(f"Wrote {number} and {INDEX} to {args.out}. Next: lwd inspect {shlex.quote(str(first))} --out inspection")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ def make_mesh(config: configs.Mesh, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if devices[0].platform != "tpu":
+    if devices[0].platform != "tpu" or len(devices) == 1:
         grid = np.asarray(devices).reshape(shape)
     elif slices > 1:
         if shape[0] % slices:
@@ -71,6 +72,16 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
     """The name of the devices' platform: cpu, gpu or tpu; None of a mesh without devices."""
     return None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+
+
+def over(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, called under the mesh, which models read (nn.sharding)."""
+
+    def call(*given):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*given)
+
+    return call
 
 
 def batch_parts(mesh: Mesh) -> int:

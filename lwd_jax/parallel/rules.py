@@ -127,3 +127,12 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
             spatial = ("context",) if height % context == 0 else (None, "context") if width % context == 0 else ()
         shardings[name] = NamedSharding(mesh, PartitionSpec(BATCH_AXES, *spatial))
     return shardings
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """A tree of arrays [B ..] on the mesh, laid out as `batch_shardings` says.
+
+    Raises:
+      UserError: the batch does not divide over data x fsdp.
+    """
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, batch_shardings({"": leaf}, mesh)[""]), batch)

@@ -1,6 +1,7 @@
 """Prompts -> pictures -> a folder of PNG files that say how they were made, with samples.json beside them."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,16 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
+from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from lwd_jax import config as configs
 from lwd_jax.config import Sampling
 from lwd_jax.data.text import TextEncoder
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
 from lwd_jax.nn.conditioning import Conditioning, told
+from lwd_jax.parallel.mesh import batch_parts, make_mesh, over
+from lwd_jax.parallel.rules import param_shardings, place_batch, replicated
 from lwd_jax.report.pipeline import FolderModels, WorkdirModels
 from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler
 from lwd_jax.sample.schedule import noise_levels, sigmas
@@ -122,10 +127,11 @@ def _noise(request: Request, indices: np.ndarray, shape: tuple[int, int, int]) -
     return initial_noise(request.seed, indices, shape) if request.noise is None else request.noise[indices]
 
 
-def _latents(models, request: Request, cond: Conditioning, null: Conditioning, on_progress) -> np.ndarray:
+def _latents(models, request: Request, cond: Conditioning, null: Conditioning, mesh: Mesh, on_progress) -> np.ndarray:
     """z0 of every picture, on the host; the backbone is let go of on return."""
     kind = jnp.dtype(request.dtype)
-    module, params = models.backbone(dtype=kind, param_dtype=kind)
+    layouts = functools.partial(param_shardings, mesh=mesh)
+    module, params = models.backbone(dtype=kind, param_dtype=kind, shardings=layouts)
     width, pooled = module.config.joint_attention_dim, module.config.pooled_projection_dim
     if (cond.tokens.shape[-1], cond.pooled.shape[-1]) != (width, pooled):
         raise UserError(
@@ -142,16 +148,16 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, o
         raise UserError(
             f"The latents given are {n} of {c} x {h} x {w}, but {count} of {channels} x {height} x {width} are needed."
         )
-    sampler = make_sampler(module, request.sampling.solver)
+    sampler = over(mesh, make_sampler(module, request.sampling.solver))
     levels = noise_levels(request.sampling, module.config, *shape[:2])
     cond, null = (told(each, module.config, request.sampling.embedded_guidance) for each in (cond, null))
     null = jax.tree.map(lambda x: np.repeat(x, request.batch, axis=0), null) if request.sampling.guidance > 1 else None
-    done = []
+    null, done = place_batch(null, mesh), []
     for start in range(0, count, request.batch):
         # The last batch is filled up with copies, so that one program serves all.
         rows = np.minimum(np.arange(start, start + request.batch), count - 1)
-        part = jax.tree.map(lambda x: x[rows], cond)
-        z0 = sampler(params, _noise(request, rows, shape), part, null, request.sampling.guidance, levels)
+        part = place_batch((_noise(request, rows, shape), jax.tree.map(lambda x: x[rows], cond)), mesh)
+        z0 = sampler(params, *part, null, request.sampling.guidance, levels)
         done.append(np.asarray(z0)[: count - start])
         on_progress("sampling", min(start + request.batch, count), count)
     return np.concatenate(done)
@@ -167,6 +173,7 @@ def sample_pictures(
     cond: Conditioning,
     null: Conditioning,
     on_progress: Callable[[str, int, int], None] = _ignore,
+    mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """The pictures of a request, in order. Backbone and autoencoder are in memory one after the other.
 
@@ -175,24 +182,33 @@ def sample_pictures(
       request: what to sample.
       cond, null: text states of the N prompts and of the negative one, of `encode_prompts`.
       on_progress: called with ("sampling" or "decoding", done, total).
+      mesh: of the devices to use; None = one. The backbone's weights lie over it, the autoencoder's are whole on every
+        device; as many pictures are decoded at a time as `data` and `fsdp` are devices.
 
     Yields:
       uint8 [H W 3].
 
     Raises:
-      UserError: no backbone or autoencoder; text states or latents of another shape.
+      UserError: no backbone or autoencoder; text states or latents of another shape; a batch that does not divide over
+        the mesh.
     """
-    z0 = _latents(models, request, cond, null, on_progress)
+    mesh = mesh or make_mesh(configs.Mesh(fsdp=1), jax.local_devices()[:1])
+    if request.batch % batch_parts(mesh):
+        raise UserError(f"--batch {request.batch} does not divide over data x fsdp = {batch_parts(mesh)} devices.")
+    z0 = _latents(models, request, cond, null, mesh, on_progress)
     kind = jnp.dtype(request.dtype)
-    module, params = models.autoencoder(dtype=kind, param_dtype=kind)
+    whole = functools.partial(jax.tree.map, lambda _: replicated(mesh))
+    module, params = models.autoencoder(dtype=kind, param_dtype=kind, shardings=whole)
     if module.config.latent_channels != z0.shape[-1]:
         channels = module.config.latent_channels
         raise UserError(f"The autoencoder has {channels} latent channels, but the backbone {z0.shape[-1]}.")
-    decode = make_decoder(module)
-    for number in range(len(z0)):
-        picture = decode_in_chunks(decode, params, z0[number : number + 1])[0]
-        on_progress("decoding", number + 1, len(z0))
-        yield picture
+    decode, together = over(mesh, make_decoder(module)), batch_parts(mesh)
+    for start in range(0, len(z0), together):
+        pictures = decode_in_chunks(
+            lambda params, z0: decode(params, place_batch(z0, mesh)), params, z0[start : start + together], together
+        )
+        on_progress("decoding", start + len(pictures), len(z0))
+        yield from pictures
 
 
 def write_samples(folder: Path, pictures: Iterator[np.ndarray], request: Request, origin: dict) -> list[Sample]:

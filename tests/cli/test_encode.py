@@ -72,6 +72,19 @@ def test_latents_are_the_autoencoders(root, capsys):
     assert (open_latents(root / "latents").sizes == 64).all()
 
 
+@pytest.mark.parametrize("mesh", ["1,1,8,1", "2,1,4,1", "1,2,3,1"])
+def test_a_mesh_makes_the_same_latents(root, tmp_path, mesh):
+    """Over `context` lie heights, or the widths of a bucket whose heights do not divide."""
+    options = ("--text", "hashed_words", "--text-width", "24", "--smallest-bucket", "1")
+    for out, more in (("one", ("--mesh", "1,1,1,1")), ("many", ("--mesh", mesh))):
+        assert encode(root, "one", *options, "--out", str(tmp_path / out), *more) == 0
+    one, many = (open_latents(tmp_path / out) for out in ("one", "many"))
+    for number in range(3):
+        for wanted, found in zip(one.latent(number), many.latent(number), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=2e-5)
+    assert one.metadata == many.metadata
+
+
 def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
     """Stage 2 with models.ema=False decodes with the last weights: its latents must be theirs."""
     first = write_workdir(root / "stage1", 1, seed=3)
@@ -101,6 +114,8 @@ def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
         (["--text", "sd3"], "text"),
         ([], "--text hashed_words"),
         (["--batch-size", "0", "--text", "hashed_words"], "one picture at a time"),
+        (["--mesh", "3,1,1,1"], "--batch-size 2 does not divide over data x fsdp = 3"),
+        (["--mesh", "1,1,9,1"], "takes 9 devices, but 8 are here"),
         (["--text", "hashed_words", "--out", "IMAGES"], "choose another --out"),
     ],
 )

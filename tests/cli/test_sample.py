@@ -70,9 +70,26 @@ def test_plain_weights_and_another_solver_draw_something_else(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "mesh, size", [("1,2,4,1", "80x64"), ("2,1,3,1", "80x48"), ("1,1,5,1", "80x64"), ("1,1,2,2", "80x80")]
+)
+def test_a_mesh_draws_the_same_pictures(run, tmp_path, mesh, size):
+    """Three pictures in batches of two; heights that divide over `context`, widths that do, and both."""
+    given = ("--models", run, "--resolution", size, "--batch", 2, *("--prompt", "a cat", "--count", 3))
+    assert sample(*given, "--out", tmp_path / "one") == 0
+    assert sample(*given, "--out", tmp_path / "many", "--mesh", mesh) == 0
+    for name in ("00000.png", "00001.png", "00002.png"):
+        one, many = (np.asarray(Image.open(tmp_path / place / name), np.int32) for place in ("one", "many"))
+        assert abs(one - many).max() <= 1 and one.std() > 1
+
+
+@pytest.mark.parametrize(
     "change,sentence",
     [
         ({"--models": "nowhere"}, "There is no folder 'nowhere'."),
+        ({"--mesh": "1,8"}, "Write --mesh as devices along data,fsdp,context,tensor, such as 1,1,8,1, not as '1,8'."),
+        ({"--mesh": "1,1,0,1"}, "such as 1,1,8,1, not as '1,1,0,1'."),
+        ({"--mesh": "3,3,1,1"}, "--mesh 3,3,1,1 takes 9 devices, but 8 are here."),
+        ({"--mesh": "1,2,4,1"}, "--batch 1 does not divide over data x fsdp = 2 devices."),
         ({"--resolution": "1000"}, "Pictures must measure multiples of 16 px, but 1000 x 1000 was asked for."),
         ({"--resolution": "64y32"}, "Write --resolution as a side in px or as WIDTHxHEIGHT, not as '64y32'."),
         ({"--prompt": None}, "There is nothing to draw: give --prompt or --prompt-file."),
