@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lwd_jax import config as configs
@@ -23,4 +24,6 @@ def open_mesh(text: str) -> Mesh:
     count, devices = math.prod(map(int, sizes)), jax.local_devices()
     if count > len(devices):
         raise UserError(f"--mesh {text} takes {count} devices, but {len(devices)} are here.")
-    return make_mesh(configs.Mesh(*map(int, sizes)), devices[:count])
+    if count == len(devices):
+        return make_mesh(configs.Mesh(*map(int, sizes)), devices)
+    return Mesh(np.reshape(devices[:count], [int(size) for size in sizes]), AXES)  # of a TPU's they may be no rectangle

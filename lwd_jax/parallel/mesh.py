@@ -49,7 +49,7 @@ def make_mesh(config: configs.Mesh, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if devices[0].platform != "tpu" or len(devices) == 1:
+    if devices[0].platform != "tpu":
         grid = np.asarray(devices).reshape(shape)
     elif slices > 1:
         if shape[0] % slices:
