@@ -136,5 +136,10 @@ def write_inputs(root: Path) -> None:
     captions = [(f"picture {number}",) for number in range(9)]
     plan = Plan(resolution=32, keep_aspect=False, smallest_bucket=1)
     write_data(
-        root, pictures, captions, make_encoder(*autoencoder(0), open_mesh("4,1,1,1")), hashed_words(None, **TEXT), plan
+        root,
+        pictures,
+        captions,
+        make_encoder(*autoencoder(0), open_mesh("4,1,1,1", 4)),
+        hashed_words(None, **TEXT),
+        plan,
     )

@@ -25,7 +25,7 @@ from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import TEXT_ENCODERS, kind_of, open_text_encoder
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
-from lwd_jax.parallel.mesh import batch_parts, over
+from lwd_jax.parallel.mesh import over
 from lwd_jax.parallel.rules import place_batch, replicated
 from lwd_jax.weights.folder import fingerprint
 
@@ -79,12 +79,7 @@ def arguments(parser) -> None:
 def _mesh(args) -> Mesh:
     """Of --mesh; without it, of as many devices as divide the batch."""
     spread = math.gcd(args.batch_size, jax.local_device_count())
-    mesh = open_mesh(args.mesh or f"{spread},1,1,1")
-    if args.batch_size % batch_parts(mesh):
-        raise UserError(
-            f"--batch-size {args.batch_size} does not divide over data x fsdp = {batch_parts(mesh)} devices."
-        )
-    return mesh
+    return open_mesh(args.mesh or f"{spread},1,1,1", args.batch_size)
 
 
 def _text_settings(args, kind: str) -> dict:

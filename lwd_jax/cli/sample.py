@@ -96,7 +96,7 @@ def _request(args, models) -> Request:
 def run(args):
     check_free(args.out, args.overwrite, INDEX)
     models = open_given(args.models, plain=args.plain, autoencoder=args.autoencoder, base=args.base)
-    request, mesh = _request(args, models), open_mesh(args.mesh)
+    request, mesh = _request(args, models), open_mesh(args.mesh, args.batch)
     encoder = text_encoder(models, args.text_models)
     print(f"Text: {encoder.notice}")
     cond, null = encode_prompts(encoder, request)

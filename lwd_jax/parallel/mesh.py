@@ -89,6 +89,16 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_batch(size: int, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that a batch of so many pictures divides over the mesh.
+
+    Raises:
+      UserError: it does not.
+    """
+    if size % batch_parts(mesh):
+        raise UserError(f"A batch of {size} pictures does not divide over data x fsdp = {batch_parts(mesh)} devices.")
+
+
 class Share(NamedTuple):
     """What each process reads of every global batch.
 

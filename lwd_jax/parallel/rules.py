@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwd_jax.errors import UserError
 from lwd_jax.nn.sharding import BATCH_AXES
-from lwd_jax.parallel.mesh import batch_parts
+from lwd_jax.parallel.mesh import check_batch
 
 SMALL = 1 << 20  # bytes; a parameter below this may be whole on every device when its sizes do not divide
 
@@ -116,10 +116,7 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     """
     shardings = {}
     for name, leaf in batch.items():
-        if leaf.shape[0] % batch_parts(mesh):
-            raise UserError(
-                f"A batch of {leaf.shape[0]} pictures does not divide over data x fsdp = {batch_parts(mesh)} devices."
-            )
+        check_batch(leaf.shape[0], mesh)
         spatial = ()
         if len(leaf.shape) == 4:
             context = mesh.shape["context"]

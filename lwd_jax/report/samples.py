@@ -152,7 +152,8 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, m
     levels = noise_levels(request.sampling, module.config, *shape[:2])
     cond, null = (told(each, module.config, request.sampling.embedded_guidance) for each in (cond, null))
     null = jax.tree.map(lambda x: np.repeat(x, request.batch, axis=0), null) if request.sampling.guidance > 1 else None
-    null, done = place_batch(null, mesh), []
+    null = place_batch(null, mesh)
+    done = []
     for start in range(0, count, request.batch):
         # The last batch is filled up with copies, so that one program serves all.
         rows = np.minimum(np.arange(start, start + request.batch), count - 1)
@@ -193,8 +194,6 @@ def sample_pictures(
         the mesh.
     """
     mesh = mesh or make_mesh(configs.Mesh(fsdp=1), jax.local_devices()[:1])
-    if request.batch % batch_parts(mesh):
-        raise UserError(f"--batch {request.batch} does not divide over data x fsdp = {batch_parts(mesh)} devices.")
     z0 = _latents(models, request, cond, null, mesh, on_progress)
     kind = jnp.dtype(request.dtype)
     whole = functools.partial(jax.tree.map, lambda _: replicated(mesh))
@@ -202,11 +201,13 @@ def sample_pictures(
     if module.config.latent_channels != z0.shape[-1]:
         channels = module.config.latent_channels
         raise UserError(f"The autoencoder has {channels} latent channels, but the backbone {z0.shape[-1]}.")
-    decode, together = over(mesh, make_decoder(module)), batch_parts(mesh)
+    decoder, together = over(mesh, make_decoder(module)), batch_parts(mesh)
+
+    def decode(params, z0):
+        return decoder(params, place_batch(z0, mesh))
+
     for start in range(0, len(z0), together):
-        pictures = decode_in_chunks(
-            lambda params, z0: decode(params, place_batch(z0, mesh)), params, z0[start : start + together], together
-        )
+        pictures = decode_in_chunks(decode, params, z0[start : start + together], together)
         on_progress("decoding", start + len(pictures), len(z0))
         yield from pictures
 

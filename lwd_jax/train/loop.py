@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
 from lwd_jax.files import Spool, locate
+from lwd_jax.parallel.mesh import over
 from lwd_jax.parallel.processes import agree, check_shared
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
@@ -174,8 +175,7 @@ class _Previewer:
         """The metrics, named preview/.., and the seconds they took."""
         jax.block_until_ready(state.step)
         start = time.perf_counter()
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):  # as the step is: models read it
-            found = self._previews(step, eval_params(state))
+        found = over(self._mesh, self._previews)(step, eval_params(state))
         return {f"preview/{name}": float(value) for name, value in found.items()}, time.perf_counter() - start
 
 

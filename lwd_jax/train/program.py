@@ -20,7 +20,7 @@ from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.nn.modulation import EMBEDDERS
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
-from lwd_jax.parallel.mesh import batch_parts, platform_of
+from lwd_jax.parallel.mesh import batch_parts, over, platform_of
 from lwd_jax.parallel.rules import batch_shardings, replicated
 from lwd_jax.train.optimizer import make_optimizer, trainable_paths
 from lwd_jax.train.state import State, merge, new_state, split, state_shardings
@@ -83,13 +83,11 @@ class Step:
         return jax.device_put(self._loss, replicated(self._mesh))
 
     def __call__(self, state: State, batch: Any, key: jax.Array) -> tuple[State, dict]:
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-            return self._jitted(self._placed, state, batch, key)
+        return over(self._mesh, self._jitted)(self._placed, state, batch, key)
 
     def lower(self, state: State, batch: Any, key: jax.Array):
         """As of a jitted function; abstract arguments will do."""
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-            return self._jitted.lower(self._loss, state, batch, key)
+        return over(self._mesh, self._jitted.lower)(self._loss, state, batch, key)
 
     def compile(self, state: State, batch: Any, key: jax.Array) -> Callable:
         """The step compiled for these arguments: (State, batch, key) -> (State, metrics)."""

@@ -114,7 +114,7 @@ def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
         (["--text", "sd3"], "text"),
         ([], "--text hashed_words"),
         (["--batch-size", "0", "--text", "hashed_words"], "one picture at a time"),
-        (["--mesh", "3,1,1,1"], "--batch-size 2 does not divide over data x fsdp = 3"),
+        (["--mesh", "3,1,1,1"], "A batch of 2 pictures does not divide over data x fsdp = 3"),
         (["--mesh", "1,1,9,1"], "takes 9 devices, but 8 are here"),
         (["--text", "hashed_words", "--out", "IMAGES"], "choose another --out"),
     ],

@@ -89,7 +89,7 @@ def test_a_mesh_draws_the_same_pictures(run, tmp_path, mesh, size):
         ({"--mesh": "1,8"}, "Write --mesh as devices along data,fsdp,context,tensor, such as 1,1,8,1, not as '1,8'."),
         ({"--mesh": "1,1,0,1"}, "such as 1,1,8,1, not as '1,1,0,1'."),
         ({"--mesh": "3,3,1,1"}, "--mesh 3,3,1,1 takes 9 devices, but 8 are here."),
-        ({"--mesh": "1,2,4,1"}, "--batch 1 does not divide over data x fsdp = 2 devices."),
+        ({"--mesh": "1,2,4,1"}, "A batch of 1 pictures does not divide over data x fsdp = 2 devices."),
         ({"--resolution": "1000"}, "Pictures must measure multiples of 16 px, but 1000 x 1000 was asked for."),
         ({"--resolution": "64y32"}, "Write --resolution as a side in px or as WIDTHxHEIGHT, not as '64y32'."),
         ({"--prompt": None}, "There is nothing to draw: give --prompt or --prompt-file."),
