@@ -2,8 +2,6 @@
 device attends for its own pictures and heads, and the positions are exchanged over `context`.
 """
 
-import contextlib
-import contextvars
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -14,12 +12,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lwd_jax.nn.blockwise import blockwise_attention
+from lwd_jax.nn.platform import platform
 from lwd_jax.nn.sharding import ambient_mesh, axis_size, batch_axes
 from lwd_jax.shapes import shaped
 
 SAVED = "attention"  # the name under which remat policies know what a kernel's backward pass needs
 _HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-_PLATFORM = contextvars.ContextVar("platform", default="")
 
 # ------------------------------------------------------------------------------------------------------- kernels
 # (q [B L N d], k and v [B S N d], real [B S] bool, the keys to attend to, or None) -> [B L N d] in the dtype of q.
@@ -55,21 +53,11 @@ def splash(q, k, v, real):
 KERNELS = {"gpu": _cudnn, "tpu": splash}  # platform -> kernel; one that is not named uses `blockwise`
 
 
-@contextlib.contextmanager
-def for_platform(platform: str):
-    """What is traced within is for "cpu", "gpu" or "tpu", whatever runs here: to compile ahead of time."""
-    token = _PLATFORM.set(platform)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
-
-
 def by_platform(kernels: Mapping[str, Callable]) -> Callable:
     """The kernel of the platform that it is traced for, `blockwise` where none is named for it."""
 
     def kernel(q, k, v, real):
-        return kernels.get(_PLATFORM.get() or jax.default_backend(), blockwise)(q, k, v, real)
+        return kernels.get(platform(), blockwise)(q, k, v, real)
 
     return kernel
 

@@ -11,6 +11,7 @@ from jax import checkpoint_policies
 from lwd_jax.errors import choose
 from lwd_jax.nn.attention import SAVED
 from lwd_jax.nn.layers import FIXED, SCALE
+from lwd_jax.nn.platform import platform
 
 
 def _is_fused_attention(primitive, *_, **__) -> bool:
@@ -54,6 +55,9 @@ def stacked(block: type[nn.Module], count: int, remat: str) -> type[nn.Module]:
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=count,
+        # From a loop XLA:CPU copies every block's weights out of the stacks, and its gradients into them. Unrolled, a
+        # step of SD3-medium's width takes 8 % less time; all of its 24 blocks 40 s to compile instead of 8.
+        unroll=count if platform() == "cpu" else 1,
     )
 
 

@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from lwd_jax.config import Config
 from lwd_jax.nn import attention
+from lwd_jax.nn.platform import for_platform
 from lwd_jax.parallel.mesh import AXES, batch_parts
 from lwd_jax.parallel.rules import WEIGHT_AXES, batch_shardings
 from lwd_jax.plan.compile import resident_bytes
@@ -148,7 +149,7 @@ def evaluate_shapes(config: Config, platform: str, remats: tuple[str, ...]) -> S
     single = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
     stage = abstract_stage(single)
     state = abstract_state(single, stage)
-    with attention.for_platform(platform):
+    with for_platform(platform):
         work = {remat: _work(single, remat) for remat in remats}
     trainable = split(state.params, trained_paths(stage, single, state.params))[0]
     trained = float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) * _FLOAT32)

@@ -17,8 +17,8 @@ from jax.tree_util import Partial
 from lwd_jax.config import Adapter, Config
 from lwd_jax.data.latents import make_posterior, open_latents
 from lwd_jax.errors import UserError
-from lwd_jax.nn import attention
 from lwd_jax.nn.conditioning import Conditioning
+from lwd_jax.nn.platform import for_platform
 from lwd_jax.objective import lpips
 from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import batch_shardings, param_shardings, replicated
@@ -77,7 +77,7 @@ class Plans(NamedTuple):
     @contextlib.contextmanager
     def traced(self) -> Iterator[None]:
         """Where a program is traced: attention takes the kernel of the platform, not of this machine."""
-        with attention.for_platform(self.platform):
+        with for_platform(self.platform):
             yield
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from kl_twin import assert_gradients_equal, nchw, nhwc, random_params, relative,
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.errors import UserError
-from lwd_jax.nn.attention import for_platform
+from lwd_jax.nn.platform import for_platform
 from lwd_jax.weights.model import abstract_params
 from lwd_jax.weights.table import cover, flat
 

@@ -9,7 +9,8 @@ from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn import attention as room
 from lwd_jax.nn import blockwise
-from lwd_jax.nn.attention import SAVED, Tokens, attention, exchange, for_platform, joint_attention
+from lwd_jax.nn.attention import SAVED, Tokens, attention, exchange, joint_attention
+from lwd_jax.nn.platform import for_platform
 from lwd_jax.nn.sharding import AXES
 from lwd_jax.nn.splash import block_sizes, blocks_of, splash_attention
 from lwd_jax.nn.stack import REMAT

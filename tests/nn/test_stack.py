@@ -1,11 +1,15 @@
-"""A block called in turn computes the same, and its weights' gradients are ready before any of what it was given."""
+"""A block called in turn computes the same, and its weights' gradients are ready before any of what it was given. A
+stack computes the same on every platform, as a loop or without one.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
-from lwd_jax.nn.stack import in_turn, rematerialised
+from lwd_jax.nn.platform import for_platform
+from lwd_jax.nn.stack import REMAT, in_turn, rematerialised, stacked
 
 
 class Block(nn.Module):
@@ -60,3 +64,31 @@ def test_the_weights_gradients_do_not_wait():
     after = traced.eqns[traced.eqns.index(barriers[0]) + 1 :]
     first = [v for v, path in zip(traced.jaxpr.outvars, jax.tree.leaves_with_path(params)) if "first" in str(path[0])]
     assert len(first) == 2 and set(first) <= {v for e in after for v in e.outvars}
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, shift):
+        return x + jnp.tanh(nn.Dense(x.shape[-1])(x) + shift), None
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_a_stack_is_a_loop_but_on_a_cpu(remat):
+    """With the same keys, values and gradients; XLA:CPU is given no loop, whose weights it would copy."""
+    random = np.random.default_rng(2)
+    given = random.normal(size=(2, 5, 7)).astype(np.float32), random.normal(size=7).astype(np.float32)
+    made = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        with for_platform(platform):
+            module = stacked(Layer, 3, remat)()
+            params = module.init(jax.random.key(3), *given)["params"]
+
+            def loss(params, x, shift, module=module):
+                return jnp.square(module.apply({"params": params}, x, shift)[0]).sum()
+
+            compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(params, *given).compile()
+        assert (" while(" in compiled.as_text()) == (platform != "cpu")
+        made[platform] = params, compiled(params, *given)
+    assert jax.tree.leaves(made["cpu"][0])[0].shape[0] == 3
+    for platform in ("gpu", "tpu"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6), made["cpu"], made[platform])
