@@ -61,5 +61,5 @@ setup(
             *GCS,
         ],
     },
-    entry_points={"console_scripts": ["lwd=lwd_jax.cli:main"]},
+    entry_points={"console_scripts": ["lwd=lwd_jax.cli.__main__:command"]},
 )

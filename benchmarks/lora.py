@@ -19,6 +19,10 @@ import statistics
 import subprocess
 import sys
 
+from lwd_jax.cli.huge_pages import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()  # before anything else is imported; for both sides
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402

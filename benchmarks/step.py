@@ -2,8 +2,7 @@
 
 Same weights, batch, loss, clipping and AdamW; master weights in float32, products in --dtype. Velocities and gradients
 of both, on the same noise and times, must agree before anything is timed. The masked and the plain step run in turn, on
-one state. On a CPU models of true width may gain by huge pages, which glibc asks for where the environment has
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
+one state. Both frameworks have the huge pages that `lwd` asks for; GLIBC_TUNABLES="" in the environment: neither has.
 
     python benchmarks/step.py                                              # a small model, on a CPU
     python benchmarks/step.py --variant sd3-medium --part 8 --batch 1      # one block in eight of SD3-medium, on a CPU
@@ -16,6 +15,10 @@ import statistics
 import sys
 import time
 
+from lwd_jax.cli.huge_pages import ask_for_huge_pages
+
+if __name__ == "__main__":
+    ask_for_huge_pages()  # before anything else is imported
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the GPU's memory too
 
 import diffusers  # noqa: E402

@@ -1,5 +1,14 @@
 import sys
 
 from lwd_jax.cli import main
+from lwd_jax.cli.huge_pages import ask_for_huge_pages
 
-sys.exit(main())
+
+def command() -> int:
+    """The program `lwd`."""
+    ask_for_huge_pages()
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lwd_jax.cli import huge_pages
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.data import buckets
@@ -144,11 +145,28 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
+def check_huge_pages(mode: str, tunables: str) -> Iterator[Finding]:
+    """Whether memory comes in huge pages: a fifth of the time of a step on a CPU, and a TPU starts sooner.
+
+    Args:
+      mode: of the kernel; "" = not Linux, and nothing is found.
+      tunables: of glibc, as this process has them.
+    """
+    if mode == "always" or (mode == "madvise" and huge_pages.TUNABLE in tunables):
+        yield Finding("huge pages", OK, "always" if mode == "always" else f"asked for: {huge_pages.TUNABLE}")
+    elif mode == "madvise":
+        todo = f"{huge_pages.VARIABLE}={huge_pages.TUNABLE}, with glibc 2.35 or later"
+        yield Finding("huge pages", WARN, "not asked for", todo)
+    elif mode:
+        yield Finding("huge pages", WARN, mode, f"as root: echo madvise > {huge_pages.MODE}")
+
+
 def check_host(workdir: Path) -> Iterator[Finding]:
     """Memory of the host, and the disk that the workdir lies on."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     few = "" if memory >= MIN_RAM else "use fewer data.workers and smaller batches"
     yield Finding("host memory", WARN if few else OK, gigabytes(memory), few)
+    yield from check_huge_pages(huge_pages.kernel_mode(), os.environ.get(huge_pages.VARIABLE, ""))
     if in_bucket(workdir):
         yield Finding("disk", OK, f"{workdir} is in a bucket")
         return

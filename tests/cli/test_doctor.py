@@ -214,3 +214,17 @@ def test_failures_give_exit_status_1(config_file, capsys):
     assert main(["doctor", "--config", config_file(mesh={"fsdp": 7})]) == 1
     printed = capsys.readouterr().out.replace("│", " ").replace("|", " ")
     assert "does not divide over 8 device(s)" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("mode", "tunables", "expected"),
+    [
+        ("always", "", ["ok"]),
+        ("madvise", "glibc.malloc.check=0:glibc.malloc.hugetlb=1", ["ok"]),
+        ("madvise", "", ["warn"]),
+        ("never", "glibc.malloc.hugetlb=1", ["warn"]),
+        ("", "", []),
+    ],
+)
+def test_huge_pages(mode, tunables, expected):
+    assert verdicts(doctor.check_huge_pages(mode, tunables), "huge pages") == expected
