@@ -91,7 +91,7 @@ ROWS = {
         settings=_NO_LPIPS,
     ),
     "stage1_1024_context": Row(
-        "stage 1 without LPIPS, 1024 px, 1 on 4 chips", "stage1_sd3_1024", "v5e:2x4", (2, 1, 4, 1), 2, 4.4,
+        "stage 1 without LPIPS, 1024 px, 1 on 4 chips", "stage1_sd3_1024", "v5e:2x4", (1, 2, 4, 1), 2, 4.4,
         settings=_NO_LPIPS,
     ),
     "stage1_2048_v5e": Row(
