@@ -6,6 +6,7 @@ Positions turn queries and keys (RoPE). Equal to diffusers' FluxTransformer2DMod
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -23,7 +24,7 @@ from lwd_jax.nn.modulation import Embedder, Modulation, gated, modulate
 from lwd_jax.nn.patches import patchify, unpatchify
 from lwd_jax.nn.positions import Rotation, grid_rotation, rotate, time_features, unturned
 from lwd_jax.nn.sharding import axis_size, constrain_tokens, join_tokens, split_tokens
-from lwd_jax.nn.stack import stacked
+from lwd_jax.nn.stack import adapted, stacked
 from lwd_jax.nn.streams import Projections, Stream, padded_text
 from lwd_jax.shapes import shaped
 from lwd_jax.weights.model import Model, filled
@@ -191,9 +192,10 @@ class FLUX(nn.Module):
         order = Positions(unturned(text.shape[1], config.attention_head_dim), real)
         emb = embedding(config, self.param_dtype, t, cond)
 
-        double = stacked(DoubleBlock, config.num_layers, self.remat)(config, name="double_blocks", **of_blocks)
+        stack = functools.partial(stacked, remat=self.remat, adapters=adapted(self))
+        double = stack(DoubleBlock, config.num_layers)(config, name="double_blocks", **of_blocks)
         (picture, text), _ = double((picture, text), emb, (places, order))
-        single = stacked(SingleBlock, config.num_single_layers, self.remat)(config, name="single_blocks", **of_blocks)
+        single = stack(SingleBlock, config.num_single_layers)(config, name="single_blocks", **of_blocks)
         tokens = constrain_tokens(join_tokens(text, picture))
         tokens, _ = single(tokens, emb, joined_positions(order, places, batch=len(picture)))
         _, picture = split_tokens(tokens, text.shape[1], picture.shape[1])

@@ -22,7 +22,7 @@ from lwd_jax.nn.modulation import Embedder, Modulation, gated, modulate
 from lwd_jax.nn.patches import patchify, unpatchify
 from lwd_jax.nn.positions import grid_positions, interpolate_rows, sincos, table_positions, time_features
 from lwd_jax.nn.sharding import axis_size, constrain_tokens
-from lwd_jax.nn.stack import in_turn, rematerialised, stacked
+from lwd_jax.nn.stack import adapted, in_turn, rematerialised, stacked
 from lwd_jax.nn.streams import Projections, Stream, padded_text
 from lwd_jax.shapes import shaped
 from lwd_jax.weights.layout import SAME, Layout, conv_as_linear
@@ -187,7 +187,8 @@ class SD3(nn.Module):
 
         tokens = constrain_tokens(picture), constrain_tokens(text)
         for name, count, dual in groups(config):
-            tokens, _ = stacked(Block, count, self.remat)(config, dual=dual, name=name, **kinds)(tokens, emb, real)
+            stack = stacked(Block, count, self.remat, adapters=adapted(self))
+            tokens, _ = stack(config, dual=dual, name=name, **kinds)(tokens, emb, real)
         last = rematerialised(Block, self.remat)(config, last=True, name="last_block", **kinds)
         (picture, _), _ = in_turn(last)(tokens, emb, real)
 

@@ -1,6 +1,7 @@
 """Layers that every transformer here is made of. Parameters are kept in `param_dtype` and cast where they are used, so
 inside a scanned body a gather over the mesh moves the cast copy of one block, not the float32 masters of all."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -75,8 +76,14 @@ class Dense(nn.Module):
     def _products(self, parts, kernel, out_dtype):
         if len(parts) == 1:
             return self._product(*parts, kernel, out_dtype)
-        rows = jnp.split(kernel, list(itertools.accumulate(x.shape[-1] for x in parts[:-1])))
-        return sum(self._product(*pair, jnp.float32) for pair in zip(parts, rows)).astype(out_dtype)
+
+        # The backward pass cuts the kernel itself: kept from the forward one, the cuts would be a copy of every kernel.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def total(parts, kernel):
+            rows = jnp.split(kernel, list(itertools.accumulate(x.shape[-1] for x in parts[:-1])))
+            return sum(self._product(*pair, jnp.float32) for pair in zip(parts, rows))
+
+        return total(parts, kernel).astype(out_dtype)
 
     def _product(self, x, kernel, out_dtype):
         return lax.dot_general(

@@ -44,16 +44,22 @@ def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
     return block if policy is None else nn.remat(block, policy=policy)
 
 
-def stacked(block: type[nn.Module], count: int, remat: str) -> type[nn.Module]:
+def adapted(module: nn.Module) -> bool:
+    """Whether there are adapters beside any of the kernels of a module that is being called."""
+    return any(path[-1] in (SCALE, *FIXED) for path in traverse_util.flatten_dict(module.variables.get("params", {})))
+
+
+def stacked(block: type[nn.Module], count: int, remat: str, *, adapters: bool) -> type[nn.Module]:
     """`count` blocks run one after the other: (carry, *shared) -> (carry, None), every parameter with a leading axis.
 
-    The parameters are initialised block by block, each from its own key.
+    The parameters are initialised block by block, each from its own key. `adapters`: the kernels are frozen.
     """
     body = rematerialised(block, remat)
     # From a loop XLA:CPU copies every block's weights out of the stacks, and its gradients into them: unrolled, a step
     # of SD3-medium's width takes 8 % less time. With rematerialisation the loop stays, or the memory it is to save is
-    # not saved: unrolled, all of SD3-medium at 256 px takes 5 % more.
-    unroll = count if platform() == "cpu" and REMAT[remat] is None else 1
+    # not saved: unrolled, all of SD3-medium at 256 px takes 5 % more. Nor
+    # with frozen kernels: unrolled, both passes share one copy of each, which is held all the time in between.
+    unroll = count if platform() == "cpu" and REMAT[remat] is None and not adapters else 1
     return nn.scan(
         body,
         variable_axes={"params": 0},
@@ -71,7 +77,7 @@ def in_turn(block: nn.Module) -> Callable:
     of a block's inside, would be held all through the backward pass of the stack before it. With adapters the weights
     have no gradients, and nothing is put off.
     """
-    if any(path[-1] in (SCALE, *FIXED) for path in traverse_util.flatten_dict(block.variables.get("params", {}))):
+    if adapted(block):
         return block
 
     def call(module, *given):

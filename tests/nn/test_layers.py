@@ -69,6 +69,9 @@ def test_parts_are_one_input_that_is_never_joined(dtype, error, adapted):
         assert np.linalg.norm(one - other) <= error * np.linalg.norm(other)
     back = traced(lambda *given: jax.vjp(apart, *given)[1](jnp.ones((2, 5, 6))), params, parts)
     assert ((2, 5, 48) in shapes(back)) == adapted
+    # Nor is a part of the kernel kept for the backward pass: of a stack that would be a copy of every kernel.
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda parts: apart(params, parts), parts)[1])]
+    assert (48, 6) in kept and not {(12, 6), (29, 6), (7, 6)} & set(kept)
 
 
 def test_the_sum_over_parts_is_rounded_once():

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from lwd_jax.nn.platform import for_platform
-from lwd_jax.nn.stack import REMAT, in_turn, rematerialised, stacked
+from lwd_jax.nn.stack import REMAT, adapted, in_turn, rematerialised, stacked
 
 
 class Block(nn.Module):
@@ -72,23 +72,32 @@ class Layer(nn.Module):
         return x + jnp.tanh(nn.Dense(x.shape[-1])(x) + shift), None
 
 
+@pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("remat", REMAT)
-def test_a_stack_is_a_loop_but_on_a_cpu_without_remat(remat):
-    """With the same keys, values and gradients; there XLA:CPU is given no loop, whose weights it would copy."""
+def test_a_stack_is_a_loop_but_on_a_cpu_without_remat(remat, adapters):
+    """With the same keys, values and gradients; there XLA:CPU is given no loop, whose weights it would copy, unless
+    they are frozen."""
     random = np.random.default_rng(2)
     given = random.normal(size=(2, 5, 7)).astype(np.float32), random.normal(size=7).astype(np.float32)
     made = {}
     for platform in ("cpu", "gpu", "tpu"):
         with for_platform(platform):
-            module = stacked(Layer, 3, remat)()
+            module = stacked(Layer, 3, remat, adapters=adapters)()
             params = module.init(jax.random.key(3), *given)["params"]
 
             def loss(params, x, shift, module=module):
                 return jnp.square(module.apply({"params": params}, x, shift)[0]).sum()
 
             compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(params, *given).compile()
-        assert (" while(" in compiled.as_text()) == (platform != "cpu" or remat != "none")
+        assert (" while(" in compiled.as_text()) == (platform != "cpu" or remat != "none" or adapters)
         made[platform] = params, compiled(params, *given)
     assert jax.tree.leaves(made["cpu"][0])[0].shape[0] == 3
     for platform in ("gpu", "tpu"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6), made["cpu"], made[platform])
+
+
+def test_a_model_with_adapters_is_known_by_its_parameters():
+    plain = {"first": {"kernel": jnp.ones((3, 4))}, "last": {"Dense_0": {"kernel": jnp.ones((4, 6))}}}
+    lora = {**plain, "last": {"Dense_0": {"kernel": jnp.ones((4, 6)), "lora_scale": jnp.ones(())}}}
+    joined = {**plain, "first": {"kernel": jnp.ones((3, 4)), "fixed_a": jnp.ones((3, 2))}}
+    assert [adapted(Model(True).bind({"params": params})) for params in (plain, lora, joined)] == [False, True, True]
