@@ -9,7 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+
+from etils.epath import Path
 
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # "always [madvise] never"
