@@ -1,10 +1,14 @@
-"""Convolution and row moments of pictures, worked in bands of rows where the whole would need too much memory at once.
+"""Convolution and row moments of pictures, whose rows may lie over devices, and which are worked in bands of rows where
+the whole would need too much memory at once.
 
 XLA's CPU backend copies bfloat16 to float32 before a convolution and before two sums over the same array, and keeps the
 copies: 8 GiB each for the first level of a 5312 x 2988 picture. In bands only a band is ever float32. Accelerators need
 no such copies, but there too an array of that level takes 4 GiB at 4096 px. Band by band, what a convolution is added
-to is written over, and two such arrays are there at once, not three. Rows that lie over several devices stay whole: the
-compiler splits such convolutions itself.
+to is written over, and two such arrays are there at once, not three.
+
+Where rows lie over the axis `context` of the mesh, a device gets the rows that its kernel reaches beyond its own from
+its neighbours, and nothing else moves. The compiler would split such convolutions itself, but not in bands, and of what
+one reads it keeps three copies on a TPU.
 """
 
 import functools
@@ -15,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from lwd_jax.nn.layers import precision_of
 from lwd_jax.nn.sharding import axis_size, batch_axes
@@ -142,11 +147,32 @@ def _accumulated_backward(step: Step, operands: tuple[Array, Array], gradient: A
 _accumulated.defvjp(_accumulated_forward, _accumulated_backward)
 
 
+Halo = tuple[Array, Array]
+
+
+def _halo(step: Step, x: Array, activate: Affine | None) -> Halo:
+    """The activated rows above and below a device's own, from its neighbours over `context`; zeros at the edges."""
+    last = jax.lax.axis_size("context") - 1
+    (above, below), height = step.padding[0], x.shape[1]
+
+    def received(start, count, pairs):
+        rows = _activated(activate, x[:, start : start + count])
+        return jax.lax.ppermute(rows, "context", pairs) if count else rows
+
+    return (
+        received(height - above, above, [(i, i + 1) for i in range(last)]),
+        received(0, below, [(i + 1, i) for i in range(last)]),
+    )
+
+
 def _convolve_whole(
-    step: Step, x: Array, kernel: Array, bias: Array, activate: Affine | None, plus: Array | None
+    step: Step, x: Array, kernel: Array, bias: Array, activate: Affine | None, plus: Array | None, halo: Halo | None
 ) -> Array:
+    x, (vertical, horizontal) = _activated(activate, x), step.padding
+    if halo is not None:
+        x, vertical = jnp.concatenate([halo[0], x, halo[1]], axis=1), (0, 0)
     product = _product if bias.dtype == x.dtype else _accumulated
-    y = product(step, _activated(activate, x), kernel) + bias
+    y = product(Step(step.stride, (vertical, horizontal)), x, kernel) + bias
     return y if plus is None else y + plus
 
 
@@ -159,6 +185,7 @@ def _convolve_bands(
     bias: Array,
     activate: Affine | None,
     plus: Array | None,
+    halo: Halo | None,
 ) -> Array:
     """`_convolve_whole` in bands of about `band` elements; the result takes the place of `plus`.
 
@@ -172,17 +199,19 @@ def _convolve_bands(
     size = min(most, max(1, band // (batch * width * max(channels, kernel.shape[-1]) * step.stride)))
     size = math.ceil(rows / math.ceil(rows / size))
     held = hold(x)
+    above, below = halo or (jnp.zeros((batch, count, width, channels), x.dtype) for count in vertical)
 
     def convolved(result, start, count):
-        # Zeros go around the activated band, not around x: all large arrays have one size and take each other's places.
+        # The halo goes around the activated band, not around x: all large arrays have one size and take each other's
+        # places.
         span = (count - 1) * step.stride + kernel.shape[0]
         wanted = start * step.stride - vertical[0]
         there = jnp.clip(wanted, 0, height - span)
         part = _activated(activate, _rows(held, there, span, x.dtype))
-        part = jnp.pad(part, ((0, 0), vertical, (0, 0), (0, 0)))
+        part = jnp.concatenate([above, part, below], axis=1)
         part = _rows(part, wanted - there + vertical[0], span, x.dtype)
         more = None if plus is None else _rows(result, start, count, bias.dtype)
-        return hold(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, None, more))
+        return hold(_convolve_whole(Step(step.stride, ((0, 0), horizontal)), part, kernel, bias, None, more, None))
 
     if plus is None:
         # Every row is overwritten. The value at the start is one of x, so that this buffer is made when x is there:
@@ -192,6 +221,13 @@ def _convolve_bands(
     else:
         result = hold(plus)
     return _values(_write_bands(result, size, convolved), bias.dtype)
+
+
+def _shares(step: Step, height: int, size: int) -> int:
+    """Over how many devices of `context` rows lie: each reads whole steps of its own, which its halo completes."""
+    parts = axis_size("context")
+    even = height % (parts * step.stride) == 0 and sum(step.padding[0]) == size - step.stride
+    return parts if even and height // parts >= size else 1
 
 
 def convolve(
@@ -208,16 +244,26 @@ def convolve(
     Without `activate`, x itself. `plus` has the shape of the result. Bias and `plus` have its dtype: that of x and
     kernel, or float32, which keeps what the products were summed in.
     """
-    whole = functools.partial(_convolve_whole, step)
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
-    parts = axis_size("data") * axis_size("fsdp") if batch_axes(x.shape[0]) else 1
-    elsewhere = elements > limits.accelerator * parts and axis_size("context") == 1
-    if x.shape[1] < kernel.shape[0] or not (elsewhere or elements > limits.cpu):
-        return whole(x, kernel, bias, activate, plus)
-    banded = functools.partial(_convolve_bands, step)
-    on_cpu = functools.partial(banded, limits.cpu_band, _bits)
-    on_others = functools.partial(banded, limits.accelerator_band * parts, lambda x: x) if elsewhere else whole
-    return _by_platform(whole, on_cpu, on_others)(x, kernel, bias, activate, plus)
+    pictures = axis_size("data") * axis_size("fsdp") if batch_axes(x.shape[0]) else 1
+    shares = _shares(step, x.shape[1], len(kernel))
+    elsewhere = elements > limits.accelerator * pictures and shares == axis_size("context")
+    road = whole = functools.partial(_convolve_whole, step)
+    if x.shape[1] >= len(kernel) and (elsewhere or elements > limits.cpu):
+        banded = functools.partial(_convolve_bands, step)
+        on_cpu = functools.partial(banded, limits.cpu_band, _bits)
+        on_others = functools.partial(banded, limits.accelerator_band * pictures, lambda x: x) if elsewhere else whole
+        road = _by_platform(whole, on_cpu, on_others)
+    if shares == 1:
+        return road(x, kernel, bias, activate, plus, None)
+
+    def own(x, kernel, bias, activate, plus):
+        return road(x, kernel, bias, activate, plus, _halo(step, x, activate))
+
+    over = PartitionSpec(None, "context")
+    specs = (over, PartitionSpec(), PartitionSpec(), PartitionSpec(), over)
+    split = jax.shard_map(own, in_specs=specs, out_specs=over, axis_names={"context"}, check_vma=False)
+    return split(x, kernel, bias, activate, plus)
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:

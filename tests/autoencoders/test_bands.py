@@ -46,17 +46,18 @@ def test_accelerators_write_over_what_is_added():
     x, plus = jax.random.normal(keys[0], (2, 2, 250, 64, 8))
     kernel, bias = jax.random.normal(keys[1], (3, 3, 8, 8)), jax.random.normal(keys[2], (8,))
     banded = functools.partial(bands._convolve_bands, Step(1, SAME), 2 * 64 * 8 * 20, lambda x: x)
-    compiled = jax.jit(banded, donate_argnums=4).lower(x, kernel, bias, None, plus).compile()
+    compiled = jax.jit(banded, donate_argnums=4).lower(x, kernel, bias, None, plus, None).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 2
-    wanted = bands._convolve_whole(Step(1, SAME), x, kernel, bias, None, plus)
-    np.testing.assert_allclose(compiled(x, kernel, bias, None, plus), wanted, rtol=1e-4, atol=1e-4)
+    wanted = bands._convolve_whole(Step(1, SAME), x, kernel, bias, None, plus, None)
+    np.testing.assert_allclose(compiled(x, kernel, bias, None, plus, None), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "mesh, loops", [((1, 1, 1, 1), True), ((2, 2, 1, 1), True), ((4, 1, 1, 1), False), ((1, 1, 2, 1), False)]
+    "mesh, loops",
+    [((1, 1, 1, 1), True), ((2, 2, 1, 1), True), ((4, 1, 1, 1), False), ((1, 1, 2, 1), True), ((1, 1, 3, 1), False)],
 )
-def test_large_pictures_of_one_accelerator_alone_are_worked_in_bands(mesh, loops):
-    """Not those whose rows lie over devices, nor those of which each device has a small part."""
+def test_accelerators_work_large_pictures_in_bands(mesh, loops):
+    """Not those whose rows do not divide over devices, nor batches of which each device has a small part."""
     x = jax.ShapeDtypeStruct((4, 32, 32, 8), jnp.bfloat16)
     limits = Limits(accelerator=x.size // 4 - (mesh != (4, 1, 1, 1)), accelerator_band=1 << 10)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
