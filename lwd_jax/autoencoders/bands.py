@@ -223,11 +223,14 @@ def _convolve_bands(
     return _values(_write_bands(result, size, convolved), bias.dtype)
 
 
-def _shares(step: Step, height: int, size: int) -> int:
-    """Over how many devices of `context` rows lie: each reads whole steps of its own, which its halo completes."""
-    parts = axis_size("context")
+def _layout(step: Step, x: Array, size: int) -> PartitionSpec:
+    """How [B H W C] lies over the mesh: pictures over (data, fsdp), rows over `context`, each where it divides.
+
+    Rows do where every device reads whole steps of its own, which its halo completes.
+    """
+    parts, height = axis_size("context"), x.shape[1]
     even = height % (parts * step.stride) == 0 and sum(step.padding[0]) == size - step.stride
-    return parts if even and height // parts >= size else 1
+    return PartitionSpec(batch_axes(len(x)), "context" if parts > 1 and even and height // parts >= size else None)
 
 
 def convolve(
@@ -244,26 +247,31 @@ def convolve(
     Without `activate`, x itself. `plus` has the shape of the result. Bias and `plus` have its dtype: that of x and
     kernel, or float32, which keeps what the products were summed in.
     """
+    layout = _layout(step, x, len(kernel))
+    pictures, rows = layout
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
-    pictures = axis_size("data") * axis_size("fsdp") if batch_axes(x.shape[0]) else 1
-    shares = _shares(step, x.shape[1], len(kernel))
-    elsewhere = elements > limits.accelerator * pictures and shares == axis_size("context")
+    elements //= math.prod(map(axis_size, pictures or ()))
+    elsewhere = elements > limits.accelerator and (rows is not None or axis_size("context") == 1)
     road = whole = functools.partial(_convolve_whole, step)
     if x.shape[1] >= len(kernel) and (elsewhere or elements > limits.cpu):
         banded = functools.partial(_convolve_bands, step)
         on_cpu = functools.partial(banded, limits.cpu_band, _bits)
-        on_others = functools.partial(banded, limits.accelerator_band * pictures, lambda x: x) if elsewhere else whole
+        on_others = functools.partial(banded, limits.accelerator_band, lambda x: x) if elsewhere else whole
         road = _by_platform(whole, on_cpu, on_others)
-    if shares == 1:
-        return road(x, kernel, bias, activate, plus, None)
 
     def own(x, kernel, bias, activate, plus):
-        return road(x, kernel, bias, activate, plus, _halo(step, x, activate))
+        return road(x, kernel, bias, activate, plus, _halo(step, x, activate) if rows else None)
 
-    over = PartitionSpec(None, "context")
-    specs = (over, PartitionSpec(), PartitionSpec(), PartitionSpec(), over)
-    split = jax.shard_map(own, in_specs=specs, out_specs=over, axis_names={"context"}, check_vma=False)
-    return split(x, kernel, bias, activate, plus)
+    axes = {*(pictures or ()), *((rows,) if rows else ())}
+    if not axes:
+        return own(x, kernel, bias, activate, plus)
+    # By hand: left to the compiler, the axis that splits a kernel's channels can split those of the feature maps too,
+    # and all of them move.
+    every, each = PartitionSpec(), PartitionSpec(pictures)
+    specs = layout, every, every, each, layout
+    return jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)(
+        x, kernel, bias, activate, plus
+    )
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:
