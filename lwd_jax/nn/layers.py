@@ -17,12 +17,28 @@ NORMAL = nn.initializers.normal(0.02)
 # Leaves of an adapter beside a kernel [in, out]: a [in, r] and b [r, out] of the pair that trains, its scale [], and of
 # the pair that does not (see lwd_jax.adapters.factors).
 TRAINED, SCALE, FIXED = ("lora_a", "lora_b"), "lora_scale", ("fixed_a", "fixed_b")
+OPERAND = "kernel_operand"  # beside a kernel: what its gradient is taken by, see `_rounded`
 
 
 def precision_of(dtype) -> lax.Precision | None:
     """Of products whose operands are of this dtype. By default float32 operands would be rounded: to TF32 on a GPU, to
     bfloat16 on a TPU. What is float32 here is meant to be; bfloat16 operands need no more than the default."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+@jax.custom_vjp
+def _rounded(kernel, operand):
+    """kernel in the dtype of `operand`, whose gradient is that of the result; the kernel itself has none.
+
+    The value of `operand` is not read, so it takes no memory: it stands for the copy of the kernel that products take,
+    which is made of a float32 master where it is used. A gradient by the master would be the same numbers in float32.
+    """
+    # Rounded before it is converted: the TPU compiler would convert a whole stack before the loop, and keep it.
+    kind = jnp.finfo(operand.dtype)
+    return lax.reduce_precision(kernel, kind.nexp, kind.nmant).astype(operand.dtype)
+
+
+_rounded.defvjp(lambda kernel, operand: (_rounded(kernel, operand), None), lambda _, gradient: (None, gradient))
 
 
 class Dense(nn.Module):
@@ -49,6 +65,8 @@ class Dense(nn.Module):
         kernel = self.param(
             "kernel", self.kernel_init, (sum(x.shape[-1] for x in parts), self.features), self.param_dtype
         )
+        if self.has_variable("params", OPERAND):
+            kernel = _rounded(kernel, self.get_variable("params", OPERAND))
         bias = self.param("bias", ZEROS, (self.features,), self.param_dtype)
         out_dtype = self.out_dtype or self.dtype
         y = self._products(parts, kernel, out_dtype) + bias.astype(out_dtype)

@@ -17,6 +17,7 @@ from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning, told
+from lwd_jax.nn.layers import OPERAND
 from lwd_jax.nn.modulation import EMBEDDERS
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
@@ -55,8 +56,8 @@ class Stage(NamedTuple):
       frozen: path patterns that never train.
       adapt: (parameters that were read, key) -> those that `init` has the shapes of; pure. With adapters it puts new
         ones beside the kernels.
-      operands: parameters that train -> what the loss is differentiated with respect to: the same, or a copy in the
-        precision that products take them in.
+      operands: parameters that train -> what the loss is differentiated with respect to: the same, or for some kernels
+        what stands beside them for their copy in the precision of products (`nn.layers.OPERAND`).
     """
 
     init: Callable
@@ -148,17 +149,21 @@ def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) 
 
 
 def operands(params: Any, dtype) -> Any:
-    """`params` of a backbone with every kernel that products take in `dtype` cast to it: all but the Embedders'.
+    """`params` of a backbone, with an operand in `dtype` in place of every kernel that products take so: all but the
+    Embedders'.
 
-    The backbone computes the same from either, since it casts what it is given. But the gradient with respect to this
-    copy stays in `dtype`, the precision that it was computed in: a float32 one would be the same numbers in twice the
-    memory.
+    The gradient with respect to it is in `dtype`, the precision that it is computed in: a float32 one, with respect to
+    the kernel, would be the same numbers in twice the memory.
     """
+    if dtype == jnp.float32:
+        return params
 
     def operand(path, leaf):
-        return leaf.astype(dtype) if path.endswith("/kernel") and not path.startswith(EMBEDDERS) else leaf
+        if not path.endswith("/kernel") or path.startswith(EMBEDDERS):
+            return path, leaf
+        return path.removesuffix("kernel") + OPERAND, leaf.astype(dtype)
 
-    return nested({path: operand(path, leaf) for path, leaf in flat(params).items()})
+    return nested(dict(operand(path, leaf) for path, leaf in flat(params).items()))
 
 
 def backbone_stage(

@@ -1,5 +1,6 @@
 """The one training step, for any loss `(params, batch, keys) -> (scalar, metrics)`."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from lwd_jax import config as configs
+from lwd_jax.nn.layers import OPERAND
 from lwd_jax.train.optimizer import SCHEDULE_FREE, learning_rate, make_optimizer
 from lwd_jax.train.state import State, float32, merge, split
+from lwd_jax.weights.table import flat, nested
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict]]
 
@@ -30,8 +33,9 @@ def add_metrics(total: dict, part: dict, weight: float) -> dict:
     return {name: total[name] + (part[name] if name.endswith(SUMMED) else weight * part[name]) for name in total}
 
 
-def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, keys: jax.Array, parts: int):
-    """Gradient and metrics of the whole batch, computed in `parts` parts one after the other.
+def accumulated_gradient(loss: Loss, trainable: Any, params: Any, batch: Any, keys: jax.Array, parts: int):
+    """Gradient by `trainable`, which joins or replaces `params`, and metrics of the whole batch, computed in `parts`
+    parts one after the other.
 
     The parts are interleaved (part i takes pictures i, i + parts, ..), so that a batch split over devices stays where
     it lies.
@@ -42,7 +46,7 @@ def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, ke
     """
 
     def of_part(trainable, batch, keys):
-        value, metrics = loss(merge(frozen, trainable), batch, keys)
+        value, metrics = loss(merge(params, trainable), batch, keys)
         return value, {**metrics, "loss": value}
 
     gradient = jax.grad(of_part, has_aux=True)
@@ -65,6 +69,11 @@ def accumulated_gradient(loss: Loss, trainable: Any, frozen: Any, batch: Any, ke
         jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes),
     )
     return jax.lax.scan(body, zeros, interleaved)[0]
+
+
+def of_masters(gradients: Any) -> Any:
+    """Gradients by operands, under the names of the kernels that they stand for."""
+    return nested({re.sub(f"/{OPERAND}$", "/kernel", path): leaf for path, leaf in flat(gradients).items()})
 
 
 def clip(gradients: Any, norm: jax.Array, limit: float) -> Any:
@@ -117,8 +126,9 @@ def make_step(trained: frozenset[str], config: configs.Config, operands: Callabl
         trainable, frozen = split(state.params, trained)
         with jax.named_scope("gradient"):
             gradients, metrics = accumulated_gradient(
-                loss, operands(trainable), frozen, batch, keys, config.optimizer.accumulate
+                loss, operands(trainable), state.params, batch, keys, config.optimizer.accumulate
             )
+            gradients = of_masters(gradients)
         with jax.named_scope("norm"):
             norm = optax.global_norm(float32(gradients))
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
