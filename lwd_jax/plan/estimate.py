@@ -31,7 +31,7 @@ from lwd_jax.train.models import open_trained
 from lwd_jax.train.program import Stage, abstract_state, trained_paths
 from lwd_jax.train.state import State, merge, split, state_shardings
 
-_FLOAT32 = 4  # bytes: of a float32 gradient, or of a bfloat16 one and of the weight that products take
+_FLOAT32 = 4  # bytes
 
 
 class Work(NamedTuple):
@@ -64,7 +64,8 @@ class Shapes(NamedTuple):
 
     Attributes:
       state: ShapeDtypeStructs.
-      trained: bytes of the gradients of all that trains, and of the copy in bfloat16 that they are by.
+      trained: bytes of the gradients of all that trains.
+      summed: bytes of their sum over accumulation steps.
       batch: name -> ShapeDtypeStruct of one picture.
       work: remat policy -> of one picture.
       model: FLOPs of one picture by formula, nothing recomputed.
@@ -76,6 +77,7 @@ class Shapes(NamedTuple):
 
     state: State
     trained: float
+    summed: float
     batch: dict[str, Any]
     work: dict[str, Work]
     model: float
@@ -152,8 +154,10 @@ def evaluate_shapes(config: Config, platform: str, remats: tuple[str, ...]) -> S
     with for_platform(platform):
         work = {remat: _work(single, remat) for remat in remats}
     trainable = split(state.params, trained_paths(stage, single, state.params))[0]
-    trained = float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)) * _FLOAT32)
-    return Shapes(state, trained, stage.batch, work, *_sizes(single, stage, work["none"].operations))
+    gradients = jax.tree.leaves(jax.eval_shape(stage.operands, trainable))
+    trained = float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in gradients))
+    summed = float(sum(math.prod(leaf.shape) for leaf in gradients) * _FLOAT32)
+    return Shapes(state, trained, summed, stage.batch, work, *_sizes(single, stage, work["none"].operations))
 
 
 # ------------------------------------------------------------------------------------------------- one mesh and batch
@@ -204,7 +208,8 @@ def estimate(config: Config, topology: Topology, shapes: Shapes, mesh: AbstractM
     # A picture's activations lie over context; the residual stream, most of what remat policies save, is whole along
     # tensor. Only those of one accumulation step wait.
     of_chip = pictures / (batch_parts(mesh) * mesh.shape["context"])
-    temporaries = _of_shard(shapes.trained, config, mesh) + saved * of_chip / config.optimizer.accumulate
+    gradients = shapes.trained + (shapes.summed if config.optimizer.accumulate > 1 else 0.0)
+    temporaries = _of_shard(gradients, config, mesh) + saved * of_chip / config.optimizer.accumulate
     result = Result(
         program="train",
         pictures=pictures,
