@@ -5,7 +5,9 @@ Here stand flags whose default is not what the documents suggest, or is worse by
 openxla.org/xla/flags_guidance; of GPUs, openxla.org/xla/gpu_optimization_levels, and the defaults in XLA's
 debug_options_flags.cc. What is the default already is not repeated (the latency hiding scheduler and the asynchronous
 all-gathers of TPUs). Left at the default although another value is suggested: the pipelining of all-gathers over ICI,
-which holds the weights of two layers.
+which holds the weights of two layers. And xla_tpu_run_space_to_batch with its _on_new_platforms (off only together):
+without them the gradient of an autoencoder's block at 512 px takes 22 instead of 25 million cycles by the compiler's
+estimate and moves 2.0 instead of 6.7 GB on a v5e, but one of 512 channels takes five times as long to compile.
 """
 
 import re
