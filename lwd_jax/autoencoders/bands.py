@@ -223,14 +223,15 @@ def _convolve_bands(
     return _values(_write_bands(result, size, convolved), bias.dtype)
 
 
-def _layout(step: Step, x: Array, size: int) -> PartitionSpec:
-    """How [B H W C] lies over the mesh: pictures over (data, fsdp), rows over `context`, each where it divides.
+def _axes(step: Step, x: Array, size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of several devices that the pictures of x [B H W C] lie over and that its rows do, where they divide.
 
     Rows do where every device reads whole steps of its own, which its halo completes.
     """
+    pictures = tuple(axis for axis in batch_axes(len(x)) or () if axis_size(axis) > 1)
     parts, height = axis_size("context"), x.shape[1]
     even = height % (parts * step.stride) == 0 and sum(step.padding[0]) == size - step.stride
-    return PartitionSpec(batch_axes(len(x)), "context" if parts > 1 and even and height // parts >= size else None)
+    return pictures, ("context",) if parts > 1 and even and height // parts >= size else ()
 
 
 def convolve(
@@ -247,11 +248,10 @@ def convolve(
     Without `activate`, x itself. `plus` has the shape of the result. Bias and `plus` have its dtype: that of x and
     kernel, or float32, which keeps what the products were summed in.
     """
-    layout = _layout(step, x, len(kernel))
-    pictures, rows = layout
+    pictures, rows = _axes(step, x, len(kernel))
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
-    elements //= math.prod(map(axis_size, pictures or ()))
-    elsewhere = elements > limits.accelerator and (rows is not None or axis_size("context") == 1)
+    elements //= math.prod(map(axis_size, pictures))
+    elsewhere = elements > limits.accelerator and (rows or axis_size("context") == 1)
     road = whole = functools.partial(_convolve_whole, step)
     if x.shape[1] >= len(kernel) and (elsewhere or elements > limits.cpu):
         banded = functools.partial(_convolve_bands, step)
@@ -262,16 +262,15 @@ def convolve(
     def own(x, kernel, bias, activate, plus):
         return road(x, kernel, bias, activate, plus, _halo(step, x, activate) if rows else None)
 
-    axes = {*(pictures or ()), *((rows,) if rows else ())}
-    if not axes:
+    if not (pictures or rows):
         return own(x, kernel, bias, activate, plus)
     # By hand: left to the compiler, the axis that splits a kernel's channels can split those of the feature maps too,
     # and all of them move.
-    every, each = PartitionSpec(), PartitionSpec(pictures)
-    specs = layout, every, every, each, layout
-    return jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)(
-        x, kernel, bias, activate, plus
-    )
+    every, each = PartitionSpec(), PartitionSpec(pictures or None)
+    layout = PartitionSpec(pictures or None, rows or None)
+    specs, axes = (layout, every, every, each, layout), {*pictures, *rows}
+    split = jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
+    return split(x, kernel, bias, activate, plus)
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:

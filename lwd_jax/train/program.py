@@ -17,12 +17,11 @@ from lwd_jax.config import Config
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning, told
-from lwd_jax.nn.layers import OPERAND
-from lwd_jax.nn.modulation import EMBEDDERS
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import batch_parts, over, platform_of
 from lwd_jax.parallel.rules import batch_shardings, replicated
+from lwd_jax.train.operands import operands
 from lwd_jax.train.optimizer import make_optimizer, trainable_paths
 from lwd_jax.train.state import State, merge, new_state, split, state_shardings
 from lwd_jax.train.step import Loss, keeps_average, make_step
@@ -146,24 +145,6 @@ def autoencoder_stage(config: Config, module: nn.Module, init: Callable, percept
 def latent_of(key: jax.Array, mean: jax.Array, std: jax.Array, scale: Callable) -> jax.Array:
     """A sample of the posterior of one picture, as a latent in use: scale(mean + std N(0, I)), [h w C]."""
     return scale(mean + std * jax.random.normal(key, mean.shape))
-
-
-def operands(params: Any, dtype) -> Any:
-    """`params` of a backbone, with an operand in `dtype` in place of every kernel that products take so: all but the
-    Embedders'.
-
-    The gradient with respect to it is in `dtype`, the precision that it is computed in: a float32 one, with respect to
-    the kernel, would be the same numbers in twice the memory.
-    """
-    if dtype == jnp.float32:
-        return params
-
-    def operand(path, leaf):
-        if not path.endswith("/kernel") or path.startswith(EMBEDDERS):
-            return path, leaf
-        return path.removesuffix("kernel") + OPERAND, leaf.astype(dtype)
-
-    return nested(dict(operand(path, leaf) for path, leaf in flat(params).items()))
 
 
 def backbone_stage(

@@ -1,6 +1,5 @@
 """The one training step, for any loss `(params, batch, keys) -> (scalar, metrics)`."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from lwd_jax import config as configs
-from lwd_jax.nn.layers import OPERAND
+from lwd_jax.train.operands import of_masters
 from lwd_jax.train.optimizer import SCHEDULE_FREE, learning_rate, make_optimizer
 from lwd_jax.train.state import State, float32, merge, split
-from lwd_jax.weights.table import flat, nested
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict]]
 
@@ -69,11 +67,6 @@ def accumulated_gradient(loss: Loss, trainable: Any, params: Any, batch: Any, ke
         jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes),
     )
     return jax.lax.scan(body, zeros, interleaved)[0]
-
-
-def of_masters(gradients: Any) -> Any:
-    """Gradients by operands, under the names of the kernels that they stand for."""
-    return nested({re.sub(f"/{OPERAND}$", "/kernel", path): leaf for path, leaf in flat(gradients).items()})
 
 
 def clip(gradients: Any, norm: jax.Array, limit: float) -> Any:

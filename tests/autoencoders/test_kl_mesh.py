@@ -26,7 +26,7 @@ MESHES = {"context": (1, 1, 8, 1), "all": (2, 1, 2, 2)}
 
 
 def over(mesh, function):
-    """`function` of operands anywhere, traced for a mesh; what it returns lies where the compiler leaves it."""
+    """`function`, traced for a mesh."""
 
     def traced(*operands):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -64,12 +64,11 @@ def halo_bytes(function) -> int:
     """What a device sends for one picture on the way forward, in float32: a row up and one down for every 3 x 3
     convolution, one for those that halve. By hand, from what the architecture is.
     """
-    widths, layers = CONFIG.block_out_channels, CONFIG.layers_per_block
-    total, width, before = 2 * WIDTH * CONFIG.in_channels, WIDTH, widths[0]
+    widths, layers, width = CONFIG.block_out_channels, CONFIG.layers_per_block, WIDTH
+    before, total = widths[0], 2 * width * CONFIG.in_channels
     if function is decode:
         widths, layers, width = widths[::-1], layers + 1, WIDTH // CONFIG.factor
-        before = widths[0]
-        total = 2 * width * (CONFIG.latent_channels + 4 * before)
+        before, total = widths[0], 2 * width * (CONFIG.latent_channels + 4 * widths[0])
     for level, channels in enumerate(widths):
         total += sum(2 * width * (first + channels) for first in [before] + [channels] * (layers - 1))
         before = channels

@@ -17,9 +17,8 @@ from twins import apart, foreign_class, tensors_of
 
 from lwd_jax.backbones import flux, load_backbone, save_backbone, sd3
 from lwd_jax.errors import UserError
-from lwd_jax.train.program import operands
+from lwd_jax.train.operands import of_masters, operands
 from lwd_jax.train.state import merge
-from lwd_jax.train.step import of_masters
 from lwd_jax.weights.model import abstract_params, init_params
 from lwd_jax.weights.table import cover, flat, write
 
