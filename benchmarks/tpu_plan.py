@@ -3,8 +3,8 @@
 Each row is compiled ahead of time by `lwd plan` (pip install libtpu; no TPU is needed) in a process of its own, and
 printed as it comes. Nothing runs on a TPU.
 
-    python benchmarks/tpu_plan.py                            # all rows: an hour on two cores
-    python benchmarks/tpu_plan.py --rows sd3_1024 encode     # those whose names begin so
+    python benchmarks/tpu_plan.py --fast                     # all rows, without their code: an hour on two cores
+    python benchmarks/tpu_plan.py --rows sd3_1024 encode     # those whose names begin so, with it
     python benchmarks/tpu_plan.py --json plans.json
 
 The limits are of weights and moments alone: those rows are planned without the average of the weights that the configs
@@ -119,20 +119,20 @@ ROWS = {
 }  # fmt: skip
 
 
-def command(row: Row, file: str) -> list[str]:
+def command(row: Row, file: str, *flags: str) -> list[str]:
     """The words of `lwd plan` for a row."""
     settings = dict(zip(("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor"), row.mesh))
     settings |= {"data.batch_size": row.batch} | row.settings
     words = [sys.executable, "-m", "lwd_jax.cli", "plan", f"--config={CONFIGS / row.config}.py", f"--json={file}"]
-    words += ["--topology", row.topology, "--num_slices", str(row.slices), "--program", row.program]
+    words += ["--topology", row.topology, "--num_slices", str(row.slices), "--program", row.program, *flags]
     return words + [f"--config.{name}={value}" for name, value in settings.items()]
 
 
-def plan(row: Row) -> dict | str:
+def plan(row: Row, *flags: str) -> dict | str:
     """The JSON of a row's plan, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "plan.json")
-        done = subprocess.run(command(row, file), capture_output=True, text=True, check=False)
+        done = subprocess.run(command(row, file, *flags), capture_output=True, text=True, check=False)
         if done.returncode:
             return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return json.loads(Path(file).read_text(encoding="utf-8"))
@@ -155,13 +155,14 @@ def _lines(name: str, row: Row, found: dict | str):
         fast = f"MFU <= {bounds['mfu_cap']:.0%} ({bounds['binds']})" if bounds else ""
         yield (
             f"{head}  {program['program']}: {size} a chip, {limit}: {'yes' if met else 'NO'}; {sent:.2f} GB sent a "
-            f"chip, {fast}; compiled in {program['seconds']:.0f} s"
+            f"chip, {fast}; {'compiled' if program['cycles'] else 'laid out'} in {program['seconds']:.0f} s"
         )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=[""], help="names, or how they begin (default: all)")
+    parser.add_argument("--fast", action="store_true", help="as of lwd plan: without code, which takes some 0.1 GiB")
     parser.add_argument("--json", help="file to write every plan to")
     args = parser.parse_args(arguments)
     chosen = {name: row for name, row in ROWS.items() if name.startswith(tuple(args.rows))}
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"No row is called {' or '.join(args.rows)}; there are: {', '.join(ROWS)}.")
     plans = {}
     for name, row in chosen.items():
-        plans[name] = plan(row)
+        plans[name] = plan(row, *["--fast"] * args.fast)
         for line in _lines(name, row, plans[name]):
             print(line, flush=True)
     if args.json:

@@ -59,6 +59,12 @@ def arguments(parser) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="compile again what is kept from an earlier plan")
     parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="for TPU slices: end the compiler once the memory is laid out, in half a minute to some minutes. What is "
+        "left out is machine code: some 0.1 GiB of a chip, the compiler's cycles, the proof that it can be made",
+    )
+    parser.add_argument(
         "--flags",
         action=_PrintFlags,
         metavar="KIND",
@@ -81,21 +87,22 @@ def _plan(args, config: Config, topology: Topology) -> list[Result]:
         return []
     results = []
     for name in names_of(config.stage, args.program or "all"):
-        result = plan_program(config, topology, MAKERS, name, args.fresh)
+        result = plan_program(config, topology, MAKERS, name, args.fresh, args.fast)
         if result.seconds:
-            print(f"compiled {name} in {quantity(result.seconds, 's')}", flush=True)
+            done = "laid out" if result.memory and not result.memory.code else "compiled"
+            print(f"{done} {name} in {quantity(result.seconds, 's')}", flush=True)
         results.append(result)
     print(f"\n{text(config, topology, results)}")
     return results
 
 
-def _suggest(config: Config, topology: Topology) -> Try | None:
+def _suggest(args, config: Config, topology: Topology) -> Try | None:
     def on_try(tried: Try) -> None:
         peak = "not known" if tried.result.peak is None else f"{tried.result.peak / GIB:.2f} GiB"
         print(f"  {tried.words}: peak {peak}, {'fits' if tried.result.fits(topology) else 'does not fit'}", flush=True)
 
     print("\nWhat makes the train step fit:")
-    found = suggest(config, topology, MAKERS, on_try)
+    found = suggest(config, topology, MAKERS, on_try, fresh=args.fresh, fast=args.fast)
     print(f"Add {found.words}" if found else "Nothing that was tried: take a larger slice.")
     return found
 
@@ -108,7 +115,7 @@ def _sweep(args, config: Config, topology: Topology) -> tuple[dict, Try | None]:
     def on_try(tried: Try) -> None:
         print(sweep_row(tried, topology), flush=True)
 
-    found = sweep(config, topology, MAKERS, args.sweep, on_try, args.fresh)
+    found = sweep(config, topology, MAKERS, args.sweep, on_try, fresh=args.fresh, fast=args.fast)
     print(f"\n{sweep_text(config, topology, found)}")
     return sweep_json(config, topology, found), found.best
 
@@ -130,12 +137,14 @@ def run(args) -> None:
     if parse(args.topology, args.num_slices).chip.platform == "tpu":
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     topology = open_topology(args.topology, args.num_slices)
+    if args.fast and topology.chip.platform != "tpu":
+        raise UserError(f"--fast is of the TPU compiler; {args.topology} is compiled to the end.")
     if args.json:
         _check_writable(locate(args.json))
     results, best = _plan(args, config, topology), None
     plan = as_json(config, topology, results)
     if args.suggest and results and results[0].program == "train" and results[0].fits(topology) is False:
-        found = _suggest(config, topology)
+        found = _suggest(args, config, topology)
         plan["suggested"] = found and {"words": found.words, "peak": found.result.peak}
     if args.sweep is not None:
         plan["sweep"], best = _sweep(args, config, topology)

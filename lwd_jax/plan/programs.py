@@ -20,10 +20,11 @@ from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.nn.platform import for_platform
 from lwd_jax.objective import lpips
-from lwd_jax.parallel.mesh import batch_parts
+from lwd_jax.parallel.mesh import abstract_mesh, batch_parts, make_mesh, mesh_shape
 from lwd_jax.parallel.rules import batch_shardings, param_shardings, replicated
 from lwd_jax.plan.count import Operations, operations
 from lwd_jax.plan.flops import TRAINING, backbone_forward
+from lwd_jax.plan.topology import Topology
 from lwd_jax.train.models import AUTOENCODER, BACKBONE, Opened, open_autoencoder, open_model, open_trained
 from lwd_jax.train.program import Stage, abstract_state, build_program, trained_paths
 from lwd_jax.train.setup import stage_of
@@ -274,6 +275,17 @@ def names_of(stage: int, program: str) -> tuple[str, ...]:
     if program not in OF_STAGE[stage]:
         raise UserError(f"A run of stage {stage} has no program '{program}': it trains no backbone to sample from.")
     return ("sample", "decode") if program == "sample" else (program,)
+
+
+def mesh_of(config: Config, topology: Topology) -> Any:
+    """The run's mesh on a topology; an AbstractMesh where there are no devices to compile for.
+
+    Raises:
+      UserError: the mesh does not fit the number of chips.
+    """
+    if topology.devices is not None:
+        return make_mesh(config.mesh, topology.devices)
+    return abstract_mesh(mesh_shape(config.mesh, topology.size))
 
 
 def planned(config: Config, mesh: Any, platform: str, makers: Makers, name: str) -> Planned:

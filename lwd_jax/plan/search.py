@@ -54,10 +54,10 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     return config
 
 
-def attempt(config: Config, settings: dict[str, Any], topology: Topology, makers: Makers, fresh: bool = False) -> Try:
-    """Compiles the train step under some settings; as in `plan_program`."""
+def attempt(config: Config, settings: dict[str, Any], topology: Topology, makers: Makers, **how: bool) -> Try:
+    """Compiles the train step under some settings; `how` as in `plan_program`."""
     changed = with_settings(config, settings)
-    return Try(settings, changed, plan_program(changed, topology, makers, "train", fresh))
+    return Try(settings, changed, plan_program(changed, topology, makers, "train", **how))
 
 
 # --------------------------------------------------------------------------------------------------- what makes it fit
@@ -96,14 +96,17 @@ def knobs(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
         yield settings | more
 
 
-def suggest(config: Config, topology: Topology, makers: Makers, on_try: Callable[[Try], None]) -> Try | None:
+def suggest(
+    config: Config, topology: Topology, makers: Makers, on_try: Callable[[Try], None], **how: bool
+) -> Try | None:
     """The first knob of a train step that makes it fit, or None. Each is compiled.
 
     Args:
       on_try: called with every one.
+      how: fresh, fast, as in `plan_program`.
     """
     for settings in knobs(config, topology):
-        tried = attempt(config, settings, topology, makers)
+        tried = attempt(config, settings, topology, makers, **how)
         on_try(tried)
         if tried.result.fits(topology):
             return tried
@@ -266,10 +269,10 @@ def _best(tried: list[Try], topology: Topology) -> Try | None:
     return next(each for each in fitting if _cost(each.result, topology) <= (1 + _ALIKE / 2) * least)
 
 
-def _attempt(config: Config, candidate: Candidate, topology: Topology, makers: Makers, fresh: bool) -> Try:
+def _attempt(config: Config, candidate: Candidate, topology: Topology, makers: Makers, how: dict) -> Try:
     """As `attempt`; what turns out to be impossible is a result too, for it is no reason to lose the others."""
     try:
-        return attempt(config, candidate.settings, topology, makers, fresh)
+        return attempt(config, candidate.settings, topology, makers, **how)
     except UserError as mistake:
         result = dataclasses.replace(candidate.estimate.result, missing=str(mistake))
         return Try(candidate.settings, candidate.config, result)
@@ -289,7 +292,7 @@ def sweep(
     makers: Makers,
     most: int,
     on_try: Callable[[Try], None],
-    fresh: bool = False,
+    **how: bool,
 ) -> Sweep:
     """The best mesh, remat policy and batch for a topology.
 
@@ -298,7 +301,7 @@ def sweep(
     Args:
       most: how many are compiled, at most.
       on_try: called with every one.
-      fresh: compile them whatever is kept.
+      how: fresh, fast, as in `plan_program`.
 
     Raises:
       UserError: nothing is possible on this topology, and why.
@@ -316,7 +319,7 @@ def sweep(
         if topology.devices is None:
             found = Try(candidate.settings, candidate.config, candidate.estimate.result)
         else:
-            found = _attempt(config, candidate, topology, makers, fresh)
+            found = _attempt(config, candidate, topology, makers, how)
             order.learn(candidate, found.result)
         tried.append(found)
         on_try(found)

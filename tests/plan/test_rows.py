@@ -38,7 +38,14 @@ def test_a_row_that_fails_is_told(capsys):
 def test_the_verdict_is_of_both_limits():
     """Fits the chip, and stays under what the row promises."""
     row = tpu_plan.ROWS["sd3_1024"]
-    program = {"program": "train", "peak": 2.5 * 2**30, "fits": True, "traffic": [{"sent": 3e9}], "seconds": 9.0}
+    program = {
+        "program": "train",
+        "peak": 2.5 * 2**30,
+        "fits": True,
+        "traffic": [{"sent": 3e9}],
+        "cycles": 9.0,
+        "seconds": 9.0,
+    }
     (line,) = tpu_plan._lines("sd3_1024", row, {"programs": [program]})
     assert "2.50 GiB a chip, at most 2.8: yes; 3.00 GB sent" in line
     for changed in ({"peak": 2.9 * 2**30}, {"fits": False}):
