@@ -288,20 +288,25 @@ def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
     batch = held_out(config)
     cond, null, prompts = _conditioning(config, setup, batch)
     noise = np.asarray(initial_noise(config.seed, np.arange(len(prompts)), batch["mean"].shape[1:]))
-    decode, sample = make_decoder(decoder), make_sample(config, module, everywhere)
+    sample, decoded, gather = make_sample(config, module, everywhere), make_decoder(decoder), _gather(everywhere)
     held_out_loss = make_held_out_loss(config, module, decoder.config, everywhere)
 
+    def decode(z: np.ndarray) -> np.ndarray:
+        return decode_in_chunks(lambda *given: jax.device_get(gather(decoded(*given))), weights, z)
+
+    @functools.cache  # once in a process, and by all of them: they decode together
     def show_masks() -> None:
         z = np.asarray(kl.scale(decoder.config, batch["mean"][:SHOWN]))
+        pictures = decode(z)
+        if (workdir / FOLDER / MASKS).is_file():
+            return
         saliency, masks = masks_over_time(z, config.matching, TIMES)
         title = f"What the mask '{config.matching.mask}' supervises at noise level t (decoded held-out latents)"
-        pictures = decode_in_chunks(decode, weights, z)
         _write(workdir, MASKS, figures.saliency_and_masks(pictures, saliency, masks, TIMES, title))
 
     def previews(step: int, params: Any) -> dict:
-        if jax.process_index() == 0 and not (workdir / FOLDER / MASKS).is_file():
-            show_masks()
-        pictures = decode_in_chunks(decode, weights, sample(params, noise, cond, null))
+        show_masks()
+        pictures = decode(sample(params, noise, cond, null))
         notes = [[figures.wrap(prompt, 34) for prompt in prompts]]
         png = figures.picture_rows({"samples": pictures}, f"Samples at step {step}, from fixed noise", notes)
         _write(workdir, f"step_{step:06d}_samples.png", png)

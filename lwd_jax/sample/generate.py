@@ -109,7 +109,7 @@ def decode_in_chunks(decode, params, z0, chunk: int = 1) -> np.ndarray:
     Args:
       decode: of `make_decoder`.
       params: of the autoencoder.
-      z0: [B h w C].
+      z0: [B h w C], on the host.
       chunk: latents per call.
 
     Returns:
@@ -118,6 +118,6 @@ def decode_in_chunks(decode, params, z0, chunk: int = 1) -> np.ndarray:
     parts = []
     for start in range(0, len(z0), chunk):
         part = z0[start : start + chunk]
-        filled = jnp.concatenate([part, jnp.repeat(part[-1:], chunk - len(part), axis=0)])
+        filled = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
         parts.append(np.asarray(decode(params, filled))[: len(part)])
     return np.concatenate(parts)

@@ -19,7 +19,7 @@ from lwd_jax.objective.lpips import load_lpips
 from lwd_jax.objective.matching import draw_times, matching_loss
 from lwd_jax.objective.reconstruction import reconstruction_loss
 from lwd_jax.parallel.mesh import make_mesh, process_share
-from lwd_jax.parallel.rules import param_shardings
+from lwd_jax.parallel.rules import param_shardings, replicated
 from lwd_jax.train.models import TRAINED, Opened, describe, open_autoencoder, open_trained
 from lwd_jax.train.program import Program, Stage, autoencoder_stage, backbone_stage, build_program
 from lwd_jax.weights.folder import fingerprint
@@ -31,7 +31,7 @@ class Setup(NamedTuple):
     Attributes:
       mesh, program: to hand to the loop.
       opened: the model that is trained.
-      autoencoder: stage 2, (module, parameters) that its latents decode with; None in stage 1.
+      autoencoder: stage 2, (module, parameters on the mesh) that its latents decode with; None in stage 1.
       params: reads the parameters to start from onto the mesh; None = random ones.
       batches: the training batches, at their beginning.
       description: the text of the workdir's model.json.
@@ -74,8 +74,10 @@ def stage_of(config: Config, opened: Opened, autoencoder: Any, tokens: int, perc
     return backbone_stage(config, opened.module, init, functools.partial(scale, autoencoder), latent, tokens)
 
 
-def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
-    """(latents, (autoencoder module, parameters)), which belong to each other and to the backbone."""
+def _checked_latents(config: Config, opened: Opened, mesh: Mesh) -> tuple[Latents, tuple]:
+    """(latents, (autoencoder module, parameters)), which belong to each other and to the backbone. The parameters are
+    whole on every device of the mesh, which decodes previews together.
+    """
     if not config.data.latents:
         raise UserError("Stage 2 reads latents: set data.latents to a folder made by lwd encode.")
     if not config.models.autoencoder:
@@ -86,7 +88,7 @@ def _checked_latents(config: Config, opened: Opened) -> tuple[Latents, tuple]:
     latents = open_latents(config.data.latents)
     check_text(latents, opened.module.config.joint_attention_dim, opened.module.config.pooled_projection_dim)
     autoencoder = open_autoencoder(config)
-    params = autoencoder.params()
+    params = autoencoder.params(functools.partial(jax.tree.map, lambda _: replicated(mesh)))
     check_autoencoder(latents, fingerprint(params))
     return latents, (autoencoder.module, params)
 
@@ -148,7 +150,7 @@ def make_setup(config: Config, devices=None) -> Setup:
         raise UserError("Adapters train over a base that they are kept apart from: set models.backbone to its folder.")
     autoencoder, perceptual, sizes, tokens, extra = None, None, None, 0, {}
     if config.stage == 2:
-        latents, autoencoder = _checked_latents(config, opened)
+        latents, autoencoder = _checked_latents(config, opened, mesh)
         sizes, tokens = autoencoder[0].config, latents.metadata["text"]["length"]
         extra = {name: latents.metadata[name] for name in ("autoencoder_fingerprint", "text")}
     elif config.reconstruction.lpips:

@@ -4,12 +4,15 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_models import write_inputs
 
-from lwd_jax.config import load_config
+from lwd_jax.config import Mesh, load_config
 from lwd_jax.data.batches import held_out
 from lwd_jax.errors import UserError
+from lwd_jax.parallel.mesh import over
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import previews
 from lwd_jax.report.previews import make_held_out_loss, make_previews
@@ -64,6 +67,18 @@ def test_prompts_of_a_new_run_are_drawn_alike_each_time(config, setup, params, t
     ):
         make_previews(dataclasses.replace(config, **change), setup, tmp_path / "other")(0, params)
         assert (tmp_path / "other/previews/step_000000_samples.png").read_bytes() != first["step_000000_samples.png"]
+
+
+def test_a_mesh_previews_the_same(config, setup, params, tmp_path):
+    """One picture over eight devices, as the loop calls it: its rows over `context`, its heads over `tensor`."""
+    expected = make_previews(config, setup, tmp_path / "one")(0, params)
+    shared = dataclasses.replace(config, mesh=Mesh(1, 2, 2, 2), data=dataclasses.replace(config.data, batch_size=2))
+    meshed = make_setup(shared, jax.devices()[:8])
+    found = over(meshed.mesh, make_previews(shared, meshed, tmp_path / "eight"))(0, meshed.params())
+    assert found == pytest.approx(expected, rel=1e-4)
+    for name in ("saliency_and_mask.png", "step_000000_samples.png"):
+        one, eight = (np.asarray(Image.open(tmp_path / each / "previews" / name), int) for each in ("one", "eight"))
+        assert abs(one - eight).max() <= 2, name  # of 255: rounding
 
 
 def test_held_out_loss_is_of_all_held_out_pictures_and_does_not_depend_on_the_mask(config, setup, params, tmp_path):
