@@ -162,7 +162,7 @@ def _lines(name: str, row: Row, found: dict | str):
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=[""], help="names, or how they begin (default: all)")
-    parser.add_argument("--fast", action="store_true", help="as of lwd plan: without code, which takes some 0.1 GiB")
+    parser.add_argument("--fast", action="store_true", help="as of lwd plan: what code takes is left out")
     parser.add_argument("--json", help="file to write every plan to")
     args = parser.parse_args(arguments)
     chosen = {name: row for name, row in ROWS.items() if name.startswith(tuple(args.rows))}

@@ -16,7 +16,7 @@ from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
 from lwd_jax.files import absolute, in_bucket, locate
-from lwd_jax.plan.compile import plan_program
+from lwd_jax.plan.compile import NO_CODE, plan_program
 from lwd_jax.plan.flags import as_words, flags_of
 from lwd_jax.plan.programs import Makers, names_of
 from lwd_jax.plan.result import Result
@@ -62,7 +62,8 @@ def arguments(parser) -> None:
         "--fast",
         action="store_true",
         help="for TPU slices: end the compiler once the memory is laid out, in half a minute to some minutes. What is "
-        "left out is machine code: some 0.1 GiB of a chip, the compiler's cycles, the proof that it can be made",
+        "left out is machine code: 0.1 to 0.2 GiB of a chip, of stage 1 up to 1, the compiler's cycles, and the proof "
+        "that it can be made",
     )
     parser.add_argument(
         "--flags",
@@ -89,7 +90,7 @@ def _plan(args, config: Config, topology: Topology) -> list[Result]:
     for name in names_of(config.stage, args.program or "all"):
         result = plan_program(config, topology, MAKERS, name, args.fresh, args.fast)
         if result.seconds:
-            done = "laid out" if result.memory and not result.memory.code else "compiled"
+            done = "laid out" if result.missing == NO_CODE else "compiled"
             print(f"{done} {name} in {quantity(result.seconds, 's')}", flush=True)
         results.append(result)
     print(f"\n{text(config, topology, results)}")

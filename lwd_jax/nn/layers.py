@@ -134,6 +134,9 @@ def layer_norm(x, eps: float = 1e-6):
     return centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def gelu(x):
-    """GELU in its tanh form, as SD3, FLUX and PixArt use it."""
+    """GELU in its tanh form, as SD3, FLUX and PixArt use it. Its input alone is kept for the backward pass: of its own
+    JAX keeps four more arrays of that size, the widest of a block.
+    """
     return jax.nn.gelu(x, approximate=True)

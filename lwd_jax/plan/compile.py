@@ -20,8 +20,8 @@ from lwd_jax.plan.topology import Topology
 from lwd_jax.plan.traffic import traffic_of
 
 NO_CODE = (
-    "The compiler was ended before it made the code (--fast), which takes some 0.1 GiB more: no estimate of cycles, and "
-    "no proof that the code can be made."
+    "The compiler was ended before it made the code (--fast), which takes 0.1 to 0.2 GiB more, of stage 1 up to 1: no "
+    "estimate of cycles, and no proof that the code can be made."
 )
 
 

@@ -28,8 +28,17 @@ def gradient(module, params, x, platform):
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x), str(traced)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("remat", ["attention", "full"])
+OFTEN = [("full", "three levels"), ("attention", "one block a level"), ("attention", "one level")]
+
+
+@pytest.mark.parametrize(
+    ("remat", "name"),
+    [
+        pytest.param(remat, name, marks=[] if (remat, name) in OFTEN else pytest.mark.heavy)
+        for remat in ("attention", "full")
+        for name in CONFIGS
+    ],
+)
 def test_a_loop_computes_the_same(name, remat):
     module = AutoencoderKL(CONFIGS[name], remat=remat)
     x = np.random.default_rng(4).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)

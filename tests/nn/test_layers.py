@@ -29,6 +29,23 @@ def test_layers_equal_torch():
     np.testing.assert_allclose(made, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_keeps_its_input_alone(dtype):
+    """And its gradient is that of JAX's own, which keeps more."""
+    x = jnp.asarray(3 * draw(3, 40), dtype)
+
+    def own(x):
+        return jax.nn.gelu(x, approximate=True)
+
+    (made, backward), (expected, expected_backward) = jax.vjp(gelu, x), jax.vjp(own, x)
+    np.testing.assert_array_equal(made, expected)
+    slope = jnp.asarray(draw(3, 40, seed=1), dtype)
+    np.testing.assert_array_equal(backward(slope)[0], expected_backward(slope)[0])
+    kept, more = ([leaf for leaf in jax.tree.leaves(f) if leaf.shape == x.shape] for f in (backward, expected_backward))
+    assert len(kept) == 1 < len(more)
+    np.testing.assert_array_equal(kept[0], x)
+
+
 def test_norm_statistics_are_float32():
     """A mean of 256 with a spread of 1: bfloat16 statistics would see almost no spread at all."""
     x = jnp.asarray(256 + 2 * draw(4, 64), jnp.bfloat16)
