@@ -68,8 +68,7 @@ def read_layout(folder: Path, module: str) -> Layout | None:
     files = [_file(folder, module, f".{_LAID}{ending}") for ending in endings]
     if None in files:
         return None
-    with_cycles = _file(folder, module, ".after_codegen.txt")
-    files[2] = with_cycles or files[2]
+    files[2] = _file(folder, module, ".after_codegen.txt") or files[2]  # the same, with cycles
     report, assignment, text = (file.read_text(encoding="utf-8") for file in files)
     arguments = outputs = 0
     for size, kind in _ALLOCATION.findall(assignment):
@@ -165,6 +164,8 @@ def lay_out(config: Config, topology: Topology, makers: Makers, name: str) -> La
         ours.close()  # the end is seen when the process's own is closed too
         try:
             layout = _wait(answers, Path(folder))
+            if layout is None:
+                process.join()  # it said its last word: let it end as it does
         finally:
             process.kill()
             process.join()

@@ -111,9 +111,17 @@ def dying(module):
     os.kill(os.getpid(), 9)
 
 
+def ending(module):
+    os._exit(3)
+
+
 @pytest.mark.parametrize(
     ("decoder", "error", "said"),
-    [(refusing, jax.errors.JaxRuntimeError, "21.50G"), (dying, UserError, "exit code -9 .* enough memory")],
+    [
+        (refusing, jax.errors.JaxRuntimeError, "21.50G"),
+        (dying, UserError, "exit code -9 .* enough memory"),
+        (ending, UserError, "exit code 3 and laid nothing out.$"),
+    ],
 )
 def test_what_becomes_of_the_process_is_told(decoder, error, said, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
