@@ -153,9 +153,10 @@ def _lines(name: str, row: Row, found: dict | str):
         bounds = program.get("roofline") or {}
         sent = sum(part["sent"] for part in program["traffic"]) / 1e9
         fast = f"MFU <= {bounds['mfu_cap']:.0%} ({bounds['binds']})" if bounds else ""
+        done = "laid out" if program["memory"] and program["memory"]["code"] is None else "compiled"
         yield (
             f"{head}  {program['program']}: {size} a chip, {limit}: {'yes' if met else 'NO'}; {sent:.2f} GB sent a "
-            f"chip, {fast}; {'compiled' if program['cycles'] else 'laid out'} in {program['seconds']:.0f} s"
+            f"chip, {fast}; {done} in {program['seconds']:.0f} s"
         )
 
 

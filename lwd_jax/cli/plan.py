@@ -16,7 +16,7 @@ from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
 from lwd_jax.files import absolute, in_bucket, locate
-from lwd_jax.plan.compile import NO_CODE, plan_program
+from lwd_jax.plan.compile import plan_program
 from lwd_jax.plan.flags import as_words, flags_of
 from lwd_jax.plan.programs import Makers, names_of
 from lwd_jax.plan.result import Result
@@ -90,7 +90,7 @@ def _plan(args, config: Config, topology: Topology) -> list[Result]:
     for name in names_of(config.stage, args.program or "all"):
         result = plan_program(config, topology, MAKERS, name, args.fresh, args.fast)
         if result.seconds:
-            done = "laid out" if result.missing == NO_CODE else "compiled"
+            done = "laid out" if result.memory and result.memory.code is None else "compiled"
             print(f"{done} {name} in {quantity(result.seconds, 's')}", flush=True)
         results.append(result)
     print(f"\n{text(config, topology, results)}")

@@ -11,16 +11,18 @@ MARGIN = 0.1  # of the memory that is left to the runtime, to fragmentation and 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per chip. What is donated lies in `arguments` and is not counted again in `outputs`."""
+    """Bytes per chip. What is donated lies in `arguments` and is not counted again in `outputs`; `code` is None where
+    it was not made.
+    """
 
     arguments: float
     outputs: float
     temporaries: float
-    code: float = 0.0
+    code: float | None = None
 
     @property
     def peak(self) -> float:
-        return self.arguments + self.outputs + self.temporaries + self.code
+        return self.arguments + self.outputs + self.temporaries + (self.code or 0.0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flux_twin import DEV
-from safetensors.numpy import load_file
 from twins import apart
 
 from lwd_jax.adapters import attach
@@ -43,22 +42,20 @@ def ours(params, inputs):
 
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
 def test_diffusers_loads_it_and_gives_the_same_output(tmp_path, layout):
+    """Through FluxPipeline.load_lora_weights, which knows either layout by itself."""
     pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
     model, params = models()
     inputs = DEV.inputs(latent=(6, 10))
     write_file(tmp_path / FILE, DEV.rows, params, **({"layout": as_kohya} if layout == "kohya" else {}))
-    tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(tmp_path / FILE).items()}
-    if layout == "kohya":
-        from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers as convert
-
-        tensors = convert(tensors)
+    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), transformer=model, **nothing)
     plain = DEV.foreign_output(model, *inputs)
-    model.load_lora_adapter(tensors, prefix="transformer")
+    pipe.load_lora_weights(tmp_path, weight_name=FILE)
     try:
         expected = DEV.foreign_output(model, *inputs)
     finally:
-        model.unload_lora()
+        pipe.unload_lora_weights()
     assert apart(expected, plain) > 1e-2
     assert apart(ours(params, inputs), expected) < 1e-4
     assert apart(ours(merged(params), inputs), expected) < 1e-4

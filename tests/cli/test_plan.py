@@ -1,12 +1,14 @@
 """`lwd plan`: the table and the JSON of real runs, and mistakes in one sentence."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from lwd_jax.cli import main
-from lwd_jax.plan import flags, topology
+from lwd_jax.cli import main, plan
+from lwd_jax.plan import flags, search, topology
+from lwd_jax.plan.compile import plan_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SD3 = f"--config={CONFIGS / 'stage2_sd3_1024.py'}"
@@ -57,6 +59,24 @@ def test_mistakes(words, said, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert message.startswith("lwd: ") and message.count("\n") == 1
     assert said in message
+
+
+def test_fast_is_of_the_tpu_compiler(monkeypatch, capsys):
+    """It reaches what compiles, of a sweep and of a suggestion too; elsewhere it is a mistake."""
+    assert main(["plan", TINY2, "--topology", "cpu:2", "--fast"]) == 2
+    assert "--fast is of the TPU compiler; cpu:2" in capsys.readouterr().err
+    asked = []
+
+    def planned(config, topology, makers, name, fresh=False, fast=False):
+        asked.append((name, fresh, fast))
+        return dataclasses.replace(plan_program(config, topology, makers, name), peak=1e12)  # fits nowhere
+
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    for module in (plan, search):
+        monkeypatch.setattr(module, "plan_program", planned)
+    words = [TINY2, "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=1", "--topology", "v5e:2x2"]
+    assert main(["plan", *words, "--program", "train", "--suggest", "--fast", "--fresh"]) == 0
+    assert len(asked) > 1 and set(asked) == {("train", True, True)}
 
 
 def test_stage_1_does_not_sample(capsys):

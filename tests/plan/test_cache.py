@@ -75,3 +75,18 @@ def test_what_is_kept_is_not_compiled_again(monkeypatch):
     for fresh in (False, False, True):
         assert plan.plan_program(CONFIG, topology, MAKERS, "decode", fresh) == RESULT
     assert len(compiled) == 2
+
+
+def test_what_was_ended_early_is_nobody_elses(monkeypatch):
+    """A whole result serves both ways; one without code serves only who asked for no more."""
+    asked = []
+
+    def compiled(program, mesh, topology, fast=None):
+        asked.append(fast is not None)
+        return dataclasses.replace(RESULT, missing="no code") if fast else RESULT
+
+    monkeypatch.setattr(plan, "compile_program", compiled)
+    topology = parse("v5e:2x4")._replace(devices=jax.devices()[:8])
+    found = [plan.plan_program(CONFIG, topology, MAKERS, "decode", fast=fast) for fast in (True, True, False, True)]
+    assert [result.missing for result in found] == ["no code", "no code", "", ""]
+    assert asked == [True, False]

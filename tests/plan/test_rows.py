@@ -43,11 +43,13 @@ def test_the_verdict_is_of_both_limits():
         "peak": 2.5 * 2**30,
         "fits": True,
         "traffic": [{"sent": 3e9}],
-        "cycles": 9.0,
+        "memory": {"code": 9.0},
         "seconds": 9.0,
     }
     (line,) = tpu_plan._lines("sd3_1024", row, {"programs": [program]})
-    assert "2.50 GiB a chip, at most 2.8: yes; 3.00 GB sent" in line
+    assert "2.50 GiB a chip, at most 2.8: yes; 3.00 GB sent" in line and "compiled in 9 s" in line
+    (line,) = tpu_plan._lines("sd3_1024", row, {"programs": [program | {"memory": {"code": None}}]})
+    assert "laid out in 9 s" in line
     for changed in ({"peak": 2.9 * 2**30}, {"fits": False}):
         (line,) = tpu_plan._lines("sd3_1024", row, {"programs": [program | changed]})
         assert "at most 2.8: NO" in line
