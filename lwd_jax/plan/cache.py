@@ -1,13 +1,15 @@
 """Results of compiled programs, kept in the user's cache: a slice takes minutes to compile for.
 
 A result is found under everything that it depends on: the run's config, the shapes and layouts of the program's
-arguments, the slice, the versions of jax and of the compiler, and the source of this package.
+arguments, the slice, the versions of jax and of the compiler, the flags that the environment gives it, and the source
+of this package.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 from functools import cache
 from typing import Any
 
@@ -23,6 +25,7 @@ from lwd_jax.plan.topology import Topology
 from lwd_jax.plan.traffic import Traffic
 
 _VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_GIVEN = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # flags of the compilers, beside those of plan.flags
 
 
 def folder() -> Path:
@@ -55,7 +58,8 @@ def key_of(config: Config, topology: Topology, program: str, arguments: Any) -> 
     """
     shapes = [(x.shape, str(x.dtype), str(x.sharding.spec)) for x in jax.tree.leaves(arguments)]
     parts = [to_json(config), topology.name, topology.slices, program, shapes, _source()]
-    return hashlib.sha256(json.dumps([*parts, *map(_version, _VERSIONS)]).encode()).hexdigest()
+    parts += [*map(_version, _VERSIONS), *map(os.environ.get, _GIVEN)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read(key: str) -> Result | None:

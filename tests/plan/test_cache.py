@@ -63,6 +63,9 @@ def test_the_key_holds_what_the_result_depends_on(monkeypatch):
         cache.key_of(CONFIG, parse("v5e:2x4"), "decode", arguments(8, "data")),
     ]
     assert keys[0] == cache.key_of(CONFIG, parse("v5e:2x4"), "decode", arguments(8))
+    for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "--xla_tpu_scheduler_percent_shared_memory_limit=4")
+        keys.append(cache.key_of(CONFIG, parse("v5e:2x4"), "decode", arguments(8)))
     monkeypatch.setattr(cache, "_version", lambda package: "another")
     keys.append(cache.key_of(CONFIG, parse("v5e:2x4"), "decode", arguments(8)))
     assert len(set(keys)) == len(keys)
