@@ -154,13 +154,15 @@ def _train(stage: int, workdir: Path, steps: int, fast: bool, **overrides) -> li
 
 def _autoencoder_parts(run: Run, fast: bool) -> list[Part]:
     before, after = (FAST_STEPS if fast else STEPS[name] for name in ("before", "after"))
-    plain = {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False, "optimizer__learning_rate": 1e-2}
-    plain |= {"training__preview_every": 0}  # the report shows this one beside the other; compiling previews takes long
+    plain = {"training__preview_every": 0}  # the report shows this one beside the other; compiling previews takes long
+    if not fast:  # where it is the step of the run after it, compiled once
+        plain |= {"reconstruction__alpha": 0.0, "reconstruction__freeze_output": False}
+        plain |= {"optimizer__learning_rate": 1e-2}
     data = {"data__dataset": run.dataset}
     encode = [f"--dataset={run.dataset}", f"--models={run.after}", f"--out={run.latents}", f"--resolution={SIDE}"]
     return [
         Part(
-            "stage 1, before: the autoencoder without the scale term",
+            "stage 1, before: the autoencoder from random weights",
             _train(1, run.before, before, fast, **plain, **data),
             run.before / FOLDER / str(before),  # Orbax gives a step its name when it is whole
         ),

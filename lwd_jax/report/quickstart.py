@@ -216,12 +216,13 @@ def _stage1(run: Run) -> Section:
     pooled = figures.picture_rows(rows, f"Decoded from latents pooled by {low}")
     drawn = spectra(pictures, {name: m["mean"] for name, m in made.items()}, made["after"]["factor"])
     spectrum = figures.latent_spectrum(drawn)
-    steps = read_config(run.before).training.steps
+    before = read_config(run.before)
+    term = "with" if before.reconstruction.alpha else "without"
     about = (
-        f"Before: {steps} steps from random weights, without the scale term. After: {config.training.steps} more "
-        f"steps with it (alpha {config.reconstruction.alpha:g}, s = {' or '.join(map(str, scales))}). A "
-        "scale-consistent decoder makes of a pooled latent the pooled picture. Some of the change in PSNR is that of "
-        "training longer."
+        f"Before: {before.training.steps} steps from random weights, {term} the scale term. After: "
+        f"{config.training.steps} more steps with it (alpha {config.reconstruction.alpha:g}, s = "
+        f"{' or '.join(map(str, scales))}). A scale-consistent decoder makes of a pooled latent the pooled picture. "
+        "Some of the change in PSNR is that of training longer."
     )
     curves = {
         "reconstruction": {

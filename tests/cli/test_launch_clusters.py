@@ -22,7 +22,7 @@ HOSTILE = [
     "!!", "--", "#x", "\\n", "{a,b}",
 ]  # fmt: skip
 GCLOUD = """
-import json, os, pathlib, shutil, subprocess, sys
+import contextlib, json, os, pathlib, shutil, signal, subprocess, sys
 fake, words = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
 with open(fake / "gcloud", "a") as file:
     file.write(json.dumps(words) + "\\n")
@@ -35,7 +35,10 @@ if verb == "create":
     [worker.mkdir() for worker in workers]
 elif verb == "delete":
     state.unlink()
-    [shutil.rmtree(worker) for worker in workers]
+    for worker in workers:  # what runs there ends with it
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.killpg(int((worker / "lwd_jax/run.pid").read_text()), signal.SIGKILL)
+        shutil.rmtree(worker)
 elif verb == "describe":
     if not state.exists():
         sys.exit(1)
@@ -56,10 +59,10 @@ with open(fake / name, "a") as file:
     file.write(json.dumps({"words": sys.argv[1:], "stdin": given, "flags": os.environ.get("XLA_FLAGS", "")}) + "\\n")
 sys.exit(int(os.environ.get(f"{name}_CODE", 0)))
 """
-# `python3 -m venv FOLDER` puts this lwd into it: it notes its words and flags, and plays the next line of the file
-# `plays`. The flags of a kind are its name.
+# `python3 -m venv FOLDER` puts this lwd into it: it notes its words and flags, waits for the other worker as
+# jax.distributed would, and plays the next line of the file `plays`. The flags of a kind are its name.
 LWD = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 if sys.argv[1] == "plan":
     sys.exit(print(*sys.argv[2:]))
 fake, worker = pathlib.Path(os.environ["FAKE"]), pathlib.Path.cwd().parent.name
@@ -69,6 +72,9 @@ turn = len(log.read_text().splitlines()) if log.exists() else 0
 with open(log, "a") as file:
     file.write(json.dumps([os.environ["JAX_COMPILATION_CACHE_DIR"], *sys.argv[1:]]) + "\\n")
 print(f"{worker} turn {turn}", flush=True)
+other = {"worker0": "worker1", "worker1": "worker0"}.get(worker, worker)  # a pod starts alone
+while not (fake / f"lwd.{other}").exists() or len((fake / f"lwd.{other}").read_text().splitlines()) <= turn:
+    time.sleep(0.01)
 play = (fake / "plays").read_text().split()[turn]
 if play == "preempted":
     (fake / "state").write_text("PREEMPTED")
