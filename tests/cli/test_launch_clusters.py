@@ -73,7 +73,9 @@ with open(log, "a") as file:
     file.write(json.dumps([os.environ["JAX_COMPILATION_CACHE_DIR"], *sys.argv[1:]]) + "\\n")
 print(f"{worker} turn {turn}", flush=True)
 other = {"worker0": "worker1", "worker1": "worker0"}.get(worker, worker)  # a pod starts alone
-while not (fake / f"lwd.{other}").exists() or len((fake / f"lwd.{other}").read_text().splitlines()) <= turn:
+for _ in range(6000):
+    if (fake / f"lwd.{other}").exists() and len((fake / f"lwd.{other}").read_text().splitlines()) > turn:
+        break
     time.sleep(0.01)
 play = (fake / "plays").read_text().split()[turn]
 if play == "preempted":
