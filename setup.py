@@ -6,6 +6,7 @@ REQUIRED = [
     "absl-py",
     "array_record",
     "etils[epath]",
+    "filelock",
     "flax>=0.12",
     "fsspec",
     "grain>=0.2.15",
