@@ -28,7 +28,7 @@ def gradient(module, params, x, platform):
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x), str(traced)
 
 
-OFTEN = [("full", "three levels"), ("attention", "one block a level"), ("attention", "one level")]
+OFTEN = [("full", "three levels"), ("attention", "one level")]
 
 
 @pytest.mark.parametrize(
