@@ -20,4 +20,5 @@ def keep_compiled(command: str, environment: MutableMapping[str, str]) -> None:
     if command == "plan":
         environment[ENABLED] = "false"
     elif FOLDER not in environment:
-        environment |= {FOLDER: str(cache_folder() / "compiled"), LIMIT: str(_BYTES)}
+        environment[FOLDER] = str(cache_folder() / "compiled")
+        environment.setdefault(LIMIT, str(_BYTES))

@@ -19,6 +19,12 @@ def test_the_folder_of_the_user_stays(given):
     assert environment == {FOLDER: given}  # "" keeps nothing
 
 
+def test_the_limit_of_the_user_stays():
+    environment = {LIMIT: "-1"}
+    keep_compiled("train", environment)
+    assert environment.pop(FOLDER).endswith("/lwd_jax/compiled") and environment == {LIMIT: "-1"}
+
+
 def test_a_plan_is_of_machines_that_are_not_here():
     environment = {FOLDER: "/somewhere"}
     keep_compiled("plan", environment)
