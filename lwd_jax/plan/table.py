@@ -38,13 +38,8 @@ def memory_rows(result: Result, topology: Topology) -> dict[str, str]:
     memory = result.memory
     of = f" of {_gib(topology.chip.hbm / topology.chip.devices)}" if topology.chip.hbm else ""
     rows = {"state and batch, by shape": _gib(result.resident)}
-    for label, field in (
-        ("arguments", "arguments"),
-        ("temporaries", "temporaries"),
-        ("output", "outputs"),
-        ("code", "code"),
-    ):
-        rows[label] = _gib(memory and getattr(memory, field))
+    for field in ("arguments", "temporaries", "outputs", "code"):
+        rows[field] = _gib(memory and getattr(memory, field))
     rows["peak"] = (_gib(result.peak) + of) if result.peak is not None else UNKNOWN
     rows[f"with {MARGIN:.0%} left"] = _verdict(result, topology)
     return rows

@@ -152,6 +152,27 @@ def test_sigterm_saves_and_the_same_command_resumes(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state_of(whole)[0], state_of(tmp_path)[0])
 
 
+def test_metrics_are_fetched_a_step_late(tmp_path, monkeypatch):
+    """The next step has begun before the host waits for one."""
+    happened, made, fetch = [], [], jax.device_get
+
+    def step(*given):
+        state, found = program().step(*given)
+        made.append(found)
+        happened.append(f"begin {len(made)}")
+        return state, found
+
+    def fetched(value):
+        happened.extend(f"fetch {number}" for number, found in enumerate(made, 1) if found is value)
+        return fetch(value)
+
+    monkeypatch.setattr(jax, "device_get", fetched)
+    config = with_training(steps=4, save_every=4)
+    run(program()._replace(step=step), ToyBatches(), config, tmp_path, MESH, description="{}")
+    later = [word for number in (1, 2, 3) for word in (f"begin {number + 1}", f"fetch {number}")]
+    assert happened == ["begin 1", *later, "fetch 4"]
+
+
 def test_a_reader_that_fails_ends_the_run_with_its_own_error(tmp_path):
     class Failing(ToyBatches):
         def __next__(self):
