@@ -62,21 +62,23 @@ def _dot(spec: str, a: Array, b: Array) -> Array:
 
 
 def _scores(q: Array, k: Array, real: Array | None) -> Array:
-    """[B N q k] float32. real: [B 1 k 1] bool, the keys that are no padding; None = all."""
-    scores = _dot("bnqd,bnkd->bnqk", q, k) * q.shape[-1] ** -0.5
+    """[B N q k] float32, not yet divided by sqrt(d): that is done where they are read next, which costs no pass over
+    them. real: [B 1 k 1] bool, the keys that are no padding; None = all."""
+    scores = _dot("bnqd,bnkd->bnqk", q, k)
     return scores if real is None else jnp.where(real.swapaxes(2, 3), scores, _MASKED)
 
 
 def _attend(q: Array, keys: tuple[Array, Array, Array | None]) -> tuple[Array, Array]:
     """Queries [B N q d] against blocks of keys: output [B N q d] and log-sum-exp [B N q 1], float32."""
+    scale = q.shape[-1] ** -0.5
 
     def step(carry, block):
         top, total, output = carry
         k, v, real = block
         scores = _scores(q, k, real)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores - new_top)
-        kept = jnp.exp(top - new_top)
+        weights = jnp.exp((scores - new_top) * scale)
+        kept = jnp.exp((top - new_top) * scale)
         total = total * kept + weights.sum(-1, keepdims=True)
         output = output * kept + _dot("bnqk,bnkd->bnqd", weights.astype(v.dtype), v)
         return (new_top, total, output), None
@@ -84,7 +86,7 @@ def _attend(q: Array, keys: tuple[Array, Array, Array | None]) -> tuple[Array, A
     column = (*q.shape[:3], 1)
     start = jnp.full(column, -jnp.inf, jnp.float32), jnp.zeros(column), jnp.zeros(q.shape, jnp.float32)
     (top, total, output), _ = jax.lax.scan(step, start, keys)
-    return output / total, top + jnp.log(total)
+    return output / total, top * scale + jnp.log(total)
 
 
 def _keys(k: Array, v: Array, real: Array | None, limit: int) -> tuple[Array, Array, Array | None]:
@@ -117,19 +119,19 @@ def _backward(how: _How, residuals, gradient: Array):
         def of_queries(carry, queries):
             dk, dv = carry
             q_i, g_i, inner_i, logsum_i = queries
-            weights = jnp.exp(_scores(q_i, k_j, real_j) - logsum_i)
-            dscores = (weights * (_dot("bnqd,bnkd->bnqk", g_i, v_j) - inner_i) * scale).astype(k_j.dtype)
+            weights = jnp.exp(_scores(q_i, k_j, real_j) * scale - logsum_i)
+            dscores = (weights * (_dot("bnqd,bnkd->bnqk", g_i, v_j) - inner_i)).astype(k_j.dtype)
             dk += _dot("bnqk,bnqd->bnkd", dscores, q_i)
             dv += _dot("bnqk,bnqd->bnkd", weights.astype(g_i.dtype), g_i)
             return (dk, dv), _dot("bnqk,bnkd->bnqd", dscores, k_j)
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
         (dk, dv), dq_part = jax.lax.scan(of_queries, (zeros, zeros), queries)
-        return dq + dq_part, (dk.astype(k.dtype), dv.astype(v.dtype))
+        return dq + dq_part, ((scale * dk).astype(k.dtype), dv.astype(v.dtype))
 
     zeros = jnp.zeros(queries[0].shape, jnp.float32)
     dq, (dk, dv) = jax.lax.scan(of_keys, zeros, _keys(k, v, real, how.block))
-    return _join(dq, q.shape[2]).astype(q.dtype), _join(dk, k.shape[2]), _join(dv, k.shape[2]), None
+    return _join(scale * dq, q.shape[2]).astype(q.dtype), _join(dk, k.shape[2]), _join(dv, k.shape[2]), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
