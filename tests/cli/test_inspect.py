@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ def test_models_are_looked_at_in_their_own_latent_space(photograph, tmp_path):
     assert inspect(path, "--models", folder, "--out", tmp_path / "out", "--times", 0.5, "--levels", 2) == 0
     module, params = load_autoencoder(folder)
     x = jnp.asarray(picture[None] / np.float32(127.5) - 1)
-    z = (module.apply({"params": params}, x, method="encode").mean - KL.shift) * KL.scaling
+    encode = jax.jit(lambda params, x: module.apply({"params": params}, x, method="encode").mean)
+    z = (encode(params, x) - KL.shift) * KL.scaling
     mask = supervision_mask(wavelet_saliency(z, levels=2), jnp.array([0.5]))
     entry = result_of(tmp_path / "out")["pictures"][0]
     assert entry["latent"] == [18, 24, 4]
