@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import rounded, shapes, traced
 
 from lwd_jax.nn.layers import Dense, RMSNorm, gelu, layer_norm
 from lwd_jax.nn.modulation import Modulation, gated, modulate
+from lwd_jax.nn.platform import for_platform
+from lwd_jax.nn.sharding import AXES
 
 
 def draw(*shape, seed=0):
@@ -51,6 +54,43 @@ def test_norm_statistics_are_float32():
     x = jnp.asarray(256 + 2 * draw(4, 64), jnp.bfloat16)
     np.testing.assert_allclose(layer_norm(x), layer_norm(x.astype(jnp.float32)), atol=1e-6)
     assert layer_norm(x).dtype == jnp.float32 and RMSNorm().init_with_output(jax.random.key(0), x)[0].dtype == x.dtype
+
+
+def slopes(params, x, weight):
+    """Of a Dense with respect to its parameters and its input [B L in]."""
+    return jax.grad(lambda params, x: jnp.sum(weight * Dense(40).apply({"params": params}, x)), (0, 1))(params, x)
+
+
+def of_a_dense():
+    params = {"kernel": draw(24, 40, seed=1), "bias": draw(40, seed=2)}
+    return params, draw(4, 16, 24), draw(4, 16, 40, seed=3)
+
+
+def test_on_a_cpu_no_gradient_is_transposed():
+    """Nor is anything else computed than elsewhere, where the axes of a picture's rows are left to the compiler."""
+    found = {}
+    for name in ("cpu", "tpu"):
+        with for_platform(name):
+            compiled = jax.jit(lambda *given: slopes(*given)).lower(*of_a_dense()).compile()  # traced for each
+            found[name] = compiled(*of_a_dense()), "f32[40,64]" in compiled.as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found["cpu"][0], found["tpu"][0])
+    assert not found["cpu"][1]
+    assert found["tpu"][1], "XLA:CPU needs no help any more: Dense can do without."
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 1), (2, 2, 1, 2)])
+def test_rows_that_lie_apart_stay_apart(shape):
+    """Over a mesh no token moves for a product or for its gradients."""
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES)
+    expected = slopes(*of_a_dense())
+    tokens = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
+    layout = (NamedSharding(mesh, PartitionSpec()), tokens, tokens)
+    given = jax.device_put(of_a_dense(), layout)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(slopes, out_shardings=layout[:2]).lower(*given).compile()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), compiled(*given), expected)
+    text = compiled.as_text()
+    assert "all-reduce" in text and not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
 
 
 def test_dense_keeps_the_accumulator_where_asked():
