@@ -12,4 +12,5 @@ QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_c
 QUICKLY += " --xla_disable_hlo_passes=tree_reduction_rewriter"
 QUICKLY += " --xla_cpu_use_fusion_emitters=false" * _OLD
 # Compiler options of tests of what that might hide: as users compile.
-AS_USERS = {"xla_backend_optimization_level": 3} | ({"xla_cpu_use_fusion_emitters": True} if _OLD else {})
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_disable_hlo_passes": ""}
+AS_USERS |= {"xla_cpu_use_fusion_emitters": True} if _OLD else {}
