@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from lwd_jax.nn.layers import precision_of
+from lwd_jax.nn.layers import parameter, precision_of
 from lwd_jax.nn.sharding import axis_size, batch_axes
 from lwd_jax.shapes import Array
 
@@ -296,7 +296,7 @@ def _moments_bands(band: int, x: Array) -> tuple[Array, Array]:
 
 def row_moments(x: Array, limits: Limits = Limits()) -> tuple[Array, Array]:
     """Mean and variance over each row and channel: [B H W C] -> two of [B H C] float32. For values alone: gradients are
-    those of the moments that are made of them (`kl.group_moments`).
+    those of what is made of them (`kl.group_affine`).
     """
     if x.size <= limits.cpu:
         return _moments_whole(x)
@@ -327,8 +327,8 @@ class Conv(nn.Module):
     def __call__(self, x: Array, activate: Affine | None = None, plus: Array | None = None) -> Array:
         """[B H W C] -> [B H' W' features] in `out_dtype`, of silu(activate(x)) where given; `plus` is added to it."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         around = (self.size // 2, self.size // 2)
         step = Step(self.stride, self.padding if self.padding is not None else (around, around))
         out_dtype = self.out_dtype or self.dtype

@@ -6,7 +6,6 @@ norm statistics, the softmax, the posterior and the decoded picture are float32:
 accumulators of their products.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from flax import linen as nn
 from lwd_jax.autoencoders.bands import Affine, Conv, row_moments
 from lwd_jax.errors import UserError
 from lwd_jax.nn.attention import attention, blockwise, by_platform, splash
-from lwd_jax.nn.layers import precision_of
+from lwd_jax.nn.layers import parameter, precision_of
 from lwd_jax.nn.platform import platform
 from lwd_jax.nn.sharding import axis_size
 from lwd_jax.shapes import Array, shaped
@@ -84,7 +83,6 @@ def unscale(config: Config, z: Array) -> Array:
     return z / config.scaling + config.shift
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def group_moments(x: Array, groups: int) -> tuple[Array, Array]:
     """Mean and variance over (H, W, the channels of a group): [B H W C] -> two of [B groups], float32.
 
@@ -97,25 +95,38 @@ def group_moments(x: Array, groups: int) -> tuple[Array, Array]:
     return mean, (variances + jnp.square(means - mean[:, None, :, None])).mean((1, 3))
 
 
-def _moments_forward(x: Array, groups: int):
-    mean, variance = group_moments(x, groups)
-    return (mean, variance), (x, mean)
+def _affine(x: Array, gain: Array, bias: Array) -> tuple[Affine, tuple[Array, ...]]:
+    """`group_affine`, and what its gradient is made of."""
+    mean, variance = (moment[:, :, None] for moment in group_moments(x, len(gain)))
+    inverse = jax.lax.rsqrt(variance + NORM_EPS)
+    factor = gain * inverse
+    offset = bias - mean * factor
+    per_channel = (len(x), 1, 1, x.shape[-1])
+    return Affine(factor.reshape(per_channel), offset.reshape(per_channel)), (x, gain, mean, inverse)
 
 
-def _moments_backward(groups: int, kept: tuple[Array, Array], gradients: tuple[Array, Array]):
-    # Derived for all rows at once: d mean / dx = 1 / n, d variance / dx = 2 (x - mean) / n.
-    x, mean = kept
+@jax.custom_vjp
+def group_affine(x: Array, gain: Array, bias: Array) -> Affine:
+    """Group normalisation of x [B H W C] as the map that does it; gain and bias [groups, channels of one], float32."""
+    return _affine(x, gain, bias)[0]
+
+
+def _affine_backward(kept: tuple[Array, ...], gradients: Affine):
+    # By hand, for all rows at once: d mean / dx = 1 / n, d variance / dx = 2 (x - mean) / n. JAX would go through the
+    # rows' moments, and keep a float32 copy of x for it.
+    x, gain, mean, inverse = kept
+    of_factor, of_offset = (gradient.reshape(len(x), *gain.shape) for gradient in gradients)
     n = x.size // mean.size
-    mean, of_mean, of_variance = (_per_channel(part, x.shape[-1]) for part in (mean, *gradients))
-    return (((of_mean + 2 * of_variance * (x.astype(jnp.float32) - mean)) / n).astype(x.dtype),)
+    of_factor -= mean * of_offset
+    of_variance = -0.5 * inverse**3 * (gain * of_factor).sum(-1, keepdims=True)
+    of_mean = -inverse * (gain * of_offset).sum(-1, keepdims=True)
+    moments, per_channel = (mean, of_mean, of_variance), gradients.offset.shape
+    mean, of_mean, of_variance = (jnp.broadcast_to(each, of_offset.shape).reshape(per_channel) for each in moments)
+    of_x = (of_mean + 2 * of_variance * (x.astype(jnp.float32) - mean)) / n
+    return of_x.astype(x.dtype), (inverse * of_factor).sum(0), of_offset.sum(0)
 
 
-group_moments.defvjp(_moments_forward, _moments_backward)
-
-
-def _per_channel(moments: Array, channels: int) -> Array:
-    """[B groups] -> [B 1 1 C]."""
-    return jnp.repeat(moments, channels // moments.shape[-1], axis=-1)[:, None, None]
+group_affine.defvjp(_affine, _affine_backward)
 
 
 class GroupNorm(nn.Module):
@@ -128,11 +139,10 @@ class GroupNorm(nn.Module):
     @shaped("x: B H W C")
     def __call__(self, x: Array) -> Affine:
         channels = x.shape[-1]
-        gain = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
-        mean, variance = group_moments(x, self.groups)
-        factor = gain * _per_channel(jax.lax.rsqrt(variance + NORM_EPS), channels)
-        return Affine(factor, bias - _per_channel(mean, channels) * factor)
+        gain = parameter(self, "scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        gain, bias = (part.astype(jnp.float32).reshape(self.groups, -1) for part in (gain, bias))
+        return group_affine(x, gain, bias)
 
 
 class ResnetBlock(nn.Module):

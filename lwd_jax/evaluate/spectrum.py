@@ -7,7 +7,6 @@ frequencies stand far above those of the picture is hard to diffuse and unstable
 from typing import NamedTuple
 
 import numpy as np
-from scipy import fft
 
 
 class Spectrum(NamedTuple):
@@ -15,6 +14,13 @@ class Spectrum(NamedTuple):
 
     mean: np.ndarray  # over channels
     std: np.ndarray  # over channels
+
+
+def _dct(x: np.ndarray, axes: tuple[int, int]) -> np.ndarray:
+    """The orthonormal DCT-II of x along two axes, in float64."""
+    from scipy import fft  # half a second, and a command that shows no spectrum needs none
+
+    return fft.dctn(np.asarray(x, np.float64), axes=axes, norm="ortho")
 
 
 def zigzag(block: int) -> np.ndarray:
@@ -38,7 +44,7 @@ def latent_spectrum(z: np.ndarray, block: int = 8) -> Spectrum:
     Raises:
       ValueError: z is smaller than one block.
     """
-    z = np.asarray(z, np.float64)
+    z = np.asarray(z)
     batch, height, width, channels = z.shape
     rows, columns = height // block, width // block
     if not rows or not columns:
@@ -46,7 +52,7 @@ def latent_spectrum(z: np.ndarray, block: int = 8) -> Spectrum:
             f"A spectrum in blocks of {block} needs at least {block}x{block} positions, not {height}x{width}."
         )
     blocks = z[:, : rows * block, : columns * block].reshape(batch, rows, block, columns, block, channels)
-    amplitude = np.abs(fft.dctn(blocks, axes=(2, 4), norm="ortho")).mean(axis=(0, 1, 3))
+    amplitude = np.abs(_dct(blocks, (2, 4))).mean(axis=(0, 1, 3))
     amplitude = amplitude.reshape(block * block, channels)[zigzag(block)]
     tiny = np.finfo(np.float64).tiny  # an exactly constant channel has no frequencies to take the logarithm of
     log = np.log10(np.maximum(amplitude, tiny)) - np.log10(np.maximum(amplitude[:1], tiny))
@@ -76,7 +82,7 @@ def high_frequency_share(x: np.ndarray, cutoff: float = 0.5) -> np.ndarray:
       x: [B H W C].
       cutoff: in (0, 1).
     """
-    energy = (fft.dctn(np.asarray(x, np.float64), axes=(1, 2), norm="ortho") ** 2).sum(axis=-1)
+    energy = (_dct(x, (1, 2)) ** 2).sum(axis=-1)
     energy[:, 0, 0] = 0.0
     height, width = energy.shape[1:]
     radius = np.hypot(np.arange(height)[:, None] / height, np.arange(width)[None] / width)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from jax import lax
 
 from lwd_jax.nn.platform import platform
@@ -27,6 +28,21 @@ def precision_of(dtype) -> lax.Precision | None:
     """Of products whose operands are of this dtype. By default float32 operands would be rounded: to TF32 on a GPU, to
     bfloat16 on a TPU. What is float32 here is meant to be; bfloat16 operands need no more than the default."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype) -> jax.Array:
+    """`module.param` of these arguments. Where the parameter is there, its shape alone is looked at: to know that shape
+    Flax would trace the initialiser, at every call, a tenth of the time that tracing a step takes.
+
+    Raises:
+      flax.errors.ScopeParamShapeError: the parameter has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, dtype)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        raise ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
+    return value
 
 
 @jax.custom_vjp
@@ -65,12 +81,11 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, *parts):
         """x, or the parts that make it up in order along its last axis; neither they nor their gradients are joined."""
-        kernel = self.param(
-            "kernel", self.kernel_init, (sum(x.shape[-1] for x in parts), self.features), self.param_dtype
-        )
+        shape = (sum(x.shape[-1] for x in parts), self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, self.param_dtype)
         if self.has_variable("params", OPERAND):
             kernel = _rounded(kernel, self.get_variable("params", OPERAND))
-        bias = self.param("bias", ZEROS, (self.features,), self.param_dtype)
+        bias = parameter(self, "bias", ZEROS, (self.features,), self.param_dtype)
         out_dtype = self.out_dtype or self.dtype
         y = self._products(parts, kernel, out_dtype) + bias.astype(out_dtype)
         adapted = self.has_variable("params", SCALE) or self.has_variable("params", FIXED[0])
@@ -129,7 +144,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)

@@ -14,9 +14,9 @@ BATCH_AXES = ("data", "fsdp")  # what the first axis of a batch is split over
 
 
 def ambient_mesh() -> AbstractMesh | None:
-    """The mesh with the axes AXES that this is traced under, or None."""
+    """The mesh with the axes AXES that this is traced under, or None; one device has nothing to divide, and is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh is not None and mesh.axis_names == AXES else None
+    return mesh if mesh is not None and mesh.axis_names == AXES and mesh.size > 1 else None
 
 
 def axis_size(axis: str) -> int:

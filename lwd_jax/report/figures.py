@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.colors import PowerNorm
 from PIL import Image, ImageOps
 
 from lwd_jax.evaluate.spectrum import Spectrum
@@ -90,7 +89,7 @@ def saliency_and_masks(
         cells = made.subplots(len(pictures), columns, squeeze=False, height_ratios=heights)
         for row, (picture, map_, mask) in enumerate(zip(pictures, saliency, masks, strict=True)):
             cells[row, 0].imshow(picture)
-            cells[row, 1].imshow(_onto(map_, picture), cmap=HEAT, norm=PowerNorm(0.5, vmin=0, vmax=1))
+            cells[row, 1].imshow(np.sqrt(_onto(map_, picture)), cmap=HEAT, vmin=0, vmax=1)
             for axes, at in zip(cells[row, 2:], np.asarray(mask), strict=True):
                 axes.imshow(supervised(picture, at))
                 axes.set_xlabel(f"{_percent(at.mean())} supervised", fontsize=8.5, color=QUIET, labelpad=3)

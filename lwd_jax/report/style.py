@@ -1,10 +1,13 @@
-"""One look for every picture of a report: palette, type, and the way from a matplotlib figure to PNG bytes."""
+"""One look for every picture of a report: palette, type, and the way from a matplotlib figure to PNG bytes.
+
+Matplotlib is imported where a figure is made: it takes a second, and few commands draw.
+"""
 
 import io
+from typing import TYPE_CHECKING
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK = "#1f2933"
 QUIET = "#7b8794"  # secondary text, references
@@ -55,17 +58,22 @@ RC = {
 
 def style():
     """The context in which figures are made; it leaves the caller's matplotlib as it was."""
+    import matplotlib
+
     return matplotlib.rc_context(RC)
 
 
-def figure(height: float) -> Figure:
+def figure(height: float) -> "Figure":
     """An empty figure of page width; no pyplot, so nothing is kept alive and no window system is asked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(made)
     return made
 
 
-def png(made: Figure) -> bytes:
+def png(made: "Figure") -> bytes:
     """The picture as PNG bytes, without a date, so that equal figures are equal bytes."""
     out = io.BytesIO()
     made.savefig(out, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)

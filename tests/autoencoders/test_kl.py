@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jaxprs import rounded, shapes, traced
 from kl_twin import assert_gradients_equal, nchw, nhwc, random_params, relative, torch_twin
 
 from lwd_jax.autoencoders import kl
+from lwd_jax.autoencoders.bands import Affine
 from lwd_jax.errors import UserError
 from lwd_jax.nn.platform import for_platform
 from lwd_jax.weights.model import abstract_params
@@ -203,19 +205,25 @@ def test_group_norm_in_closed_form():
 @pytest.mark.parametrize(
     "dtype, offset, limit", [(jnp.float32, 0, 1e-5), (jnp.float32, 300, 1e-4), (jnp.bfloat16, 0, 1e-2)]
 )
-def test_gradients_of_group_moments_are_those_of_the_formula(dtype, offset, limit):
-    """Against the plain mean and variance of float64, also of values far from zero for their spread."""
-    keys = jax.random.split(jax.random.key(0), 3)
+def test_gradients_of_group_affine_are_those_of_the_formula(dtype, offset, limit):
+    """Against torch in float64, also of values far from zero for their spread."""
+    keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (2, 9, 14, 12), dtype) + jnp.asarray(offset, dtype)
-    gradients = tuple(jax.random.normal(keys[1], (2, 2, 4)))
-    ours, back = jax.vjp(lambda x: kl.group_moments(x, 4), x)
-    wide = np.asarray(x, np.float64).reshape(2, 9 * 14, 4, 3)
-    mean, variance = wide.mean((1, 3)), wide.var((1, 3))
-    assert relative(ours[0], mean) < 1e-6 and relative(ours[1], variance) < 1e-5
-    of_mean, of_variance = (np.asarray(g, np.float64)[:, None, :, None] for g in gradients)
-    wanted = (of_mean + 2 * of_variance * (wide - mean[:, None, :, None])) / (9 * 14 * 3)
-    got = back(gradients)[0]
-    assert got.dtype == dtype and relative(got.astype(jnp.float32), wanted.reshape(x.shape)) < limit
+    gain, bias = (1 + jax.random.normal(key, (4, 3)) for key in keys[1:3])
+    gradients = Affine(*(jax.random.normal(key, (2, 1, 1, 12)) for key in keys[3:]))
+    ours, back = jax.vjp(kl.group_affine, x, gain, bias)
+
+    given = [torch.tensor(np.asarray(part, np.float64), requires_grad=True) for part in (x, gain, bias)]
+    groups = given[0].reshape(2, 9 * 14, 4, 3)
+    mean, variance = groups.mean((1, 3)), groups.var((1, 3), correction=0)
+    factor = given[1] / torch.sqrt(variance + 1e-6)[:, :, None]
+    wanted = (factor, given[2] - mean[:, :, None] * factor)
+    for made, part in zip(ours, wanted, strict=True):
+        assert relative(made, part.detach().numpy().reshape(made.shape)) < limit
+    torch.autograd.backward(wanted, [torch.tensor(np.asarray(g, np.float64)).reshape(2, 4, 3) for g in gradients])
+    for got, part in zip(back(gradients), given, strict=True):
+        assert relative(got.astype(jnp.float32), part.grad.numpy()) < limit
+    assert back(gradients)[0].dtype == dtype
 
 
 def test_scale_and_back():

@@ -53,7 +53,7 @@ def test_a_loop_computes_the_same(name, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), made, expected)
     # A block has two norms, the attention and the head one each: two halves.
     counts = [2 * sum(blocks) + 4 for blocks in BLOCKS[name]]
-    assert [text.count("name=group_moments") for text in (written, looped)] == counts
+    assert [text.count("name=group_affine") for text in (written, looped)] == counts
 
 
 def test_without_remat_nothing_is_a_loop():
@@ -61,4 +61,4 @@ def test_without_remat_nothing_is_a_loop():
     x = jnp.zeros((1, 8, 8, 3))
     with for_platform("gpu"):
         params = jax.eval_shape(module.init, jax.random.key(0), x)
-        assert str(jax.make_jaxpr(module.apply)(params, x)).count("name=group_moments") == 2 * (8 + 11) + 4
+        assert str(jax.make_jaxpr(module.apply)(params, x)).count("name=group_affine") == 2 * (8 + 11) + 4
