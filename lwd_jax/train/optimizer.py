@@ -135,10 +135,15 @@ def _muon_axes(params):
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; optax's own
+
+
 def _muon(rate, config):
     # consistent_rms .2 gives updates of AdamW's size, so that one learning rate serves both (arXiv 2502.16982, eq. 4).
     return optax.contrib.muon(
         rate,
+        # A row for each iteration: of one for all optax writes the loop out, five times as many products to compile.
+        ns_coeffs=(_NEWTON_SCHULZ,) * 5,
         beta=config.b1,
         eps=config.eps,
         weight_decay=config.weight_decay,

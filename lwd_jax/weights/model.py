@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.files import on_disk
+from lwd_jax.weights.draws import draws
 from lwd_jax.weights.folder import Tensors, is_file, read_config, write_folder
 from lwd_jax.weights.table import read, unread_params, write
 
@@ -65,11 +66,8 @@ def _initialiser(build: Callable, inputs: Callable, config, param_dtype) -> Call
 
     @jax.jit
     def init(key):
-        # One threefry program per parameter takes XLA longer to compile than the rest of init; this generator is one
-        # instruction each.
-        key = jax.random.wrap_key_data(jax.random.bits(key, (4,), jnp.uint32), impl="unsafe_rbg")
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-        return module.init(key, *zeros)["params"]
+        return module.init(draws(key), *zeros)["params"]
 
     return init
 
