@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -98,6 +99,19 @@ def _rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return rows
 
 
+def _summary_writer() -> type:
+    """tensorboardX's, whose import takes a second without PyTorch, which it would import too for one annotation."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None  # which importing finds as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 def _drop_after(path: Path, step: int, target: Path) -> None:
     """Writes the lines to `target`, which may be `path` itself, without those of steps after `step` and a last one that
     a kill cut short.
@@ -116,15 +130,12 @@ class Writer:
     def __init__(self, workdir: str | os.PathLike, step: int):
         self._file = self._board = None
         if jax.process_index() == 0:
-            # It imports PyTorch where that is installed, which takes seconds: only runs that write wait for it.
-            from tensorboardX import SummaryWriter
-
             workdir = locate(workdir)
             self._spool = Spool(workdir)
             here = self._spool.here
             _drop_after(workdir / FILE, step, here / FILE)
             self._file = (here / FILE).open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(here / "tb"), purge_step=step + 1)
+            self._board = _summary_writer()(str(here / "tb"), purge_step=step + 1)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null."""

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from compiling import QUICKLY
 from safetensors.numpy import load_file, save_file
 from tiny_models import autoencoder, write_inputs
 
@@ -64,7 +65,7 @@ def root(tmp_path_factory):
 def environment(root):
     """One device pair, and one compilation for all processes."""
     return os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2",
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

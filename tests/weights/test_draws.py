@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from scipy import stats
 
 from lwd_jax.config import Mesh
 from lwd_jax.parallel.mesh import make_mesh
@@ -28,6 +27,8 @@ def correlations(streams: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_are_spread_as_they_should_be(seed):
+    from scipy import stats  # a second, of the worker that runs this
+
     uniform = np.asarray(jax.random.uniform(key_of(seed), SHAPE))
     normal = np.asarray(jax.random.normal(key_of(seed), SHAPE))
     cut = np.asarray(jax.random.truncated_normal(key_of(seed), -2, 2, SHAPE))
