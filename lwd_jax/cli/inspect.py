@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
-from matplotlib import colormaps
 from PIL import Image
 
 from lwd_jax.autoencoders.kl import scale
@@ -203,6 +202,8 @@ def look(z: np.ndarray, args) -> Seen:
 
 
 def _heat(saliency: np.ndarray) -> Image.Image:
+    from matplotlib import colormaps  # here, as in report.style
+
     return Image.fromarray((colormaps[HEAT](np.sqrt(saliency))[..., :3] * 255).round().astype(np.uint8))
 
 

@@ -1,7 +1,9 @@
-"""The `lwd` command itself: its version, and files that cannot be read or written are one sentence."""
+"""The `lwd` command itself: its version and its start; files that cannot be read or written are one sentence."""
 
 import errno
 import importlib.metadata
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,26 @@ def picture(tmp_path):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lwd_jax {importlib.metadata.version('lwd_jax')}\n"
+
+
+SELDOM = {"matplotlib", "scipy", "tensorboardX", "torch", "diffusers", "transformers"}
+
+
+def test_commands_start_without_what_few_of_them_use(tmp_path):
+    """Each takes a second to import. The metrics of a run do not need PyTorch; it can be imported after them."""
+    script = f"""
+import sys
+from lwd_jax import cli
+for name in cli.COMMANDS:
+    cli.parser_of(name)
+print({SELDOM} & set(sys.modules))
+from lwd_jax.train.metrics import Writer
+Writer({str(tmp_path)!r}, 0).close()
+print("torch" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stdout == "set()\nFalse\n", ran.stdout + ran.stderr
+    assert [path.name.split(".")[0] for path in (tmp_path / "tb").iterdir()] == ["events"]
 
 
 def test_a_file_in_place_of_a_workdir_is_named(picture, capsys):
