@@ -28,6 +28,7 @@ from lwd_jax import config as configs
 from lwd_jax.adapters.factors import saved as saved_params
 from lwd_jax.errors import UserError, read_json
 from lwd_jax.files import absolute, checksum, files_in, locate, write_whole
+from lwd_jax.parallel.rules import path_string
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.table import flat, nested
@@ -161,6 +162,20 @@ def _check_arrays(saved: Any, wanted: Any, step: Path) -> None:
             )
 
 
+def _check_rest(saved: Any, wanted: Any, step: Path) -> None:
+    """The same of the optimizer's state, whose shapes an earlier version may have kept otherwise."""
+    saved, wanted = (
+        {path_string(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved, wanted)
+    )
+    for name in sorted(saved.keys() & wanted.keys()):
+        if saved[name] != wanted[name]:
+            raise UserError(
+                f"{step} holds '{name}' in shape {saved[name]}, but this version of lwd_jax keeps {wanted[name]}: go "
+                "on with the version that began the run, or start a new one from its weights."
+            )
+
+
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -281,10 +296,12 @@ class Checkpoints:
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
         check_same_run(run["config"], config, self.folder.parent)
         params = saved_params(abstract.params)
-        _check_arrays(self._manager.item_metadata(step).params.tree, params, where)
+        stored, rest = self._manager.item_metadata(step), _rest(abstract)
+        _check_arrays(stored.params.tree, params, where)
+        _check_rest(stored.rest.tree, rest, where)
         items = {
             "params": ocp.args.StandardRestore(params),
-            "rest": ocp.args.StandardRestore(_rest(abstract)),
+            "rest": ocp.args.StandardRestore(rest),
         }
         if keeps_average(config):
             items["ema"] = ocp.args.StandardRestore(abstract.ema)

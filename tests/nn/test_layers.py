@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import rounded, shapes, traced
 
-from lwd_jax.nn.layers import Dense, RMSNorm, gelu, layer_norm
+from lwd_jax.nn.layers import Dense, RMSNorm, gelu, layer_norm, parameter
 from lwd_jax.nn.modulation import Modulation, gated, modulate
 from lwd_jax.nn.platform import for_platform
 from lwd_jax.nn.sharding import AXES
@@ -158,3 +160,24 @@ def test_modulate_and_gated_are_their_formulas():
     np.testing.assert_allclose(modulate(x, a, b), np.asarray(layer_norm(x)) * (1 + b[:, None]) + a[:, None], atol=1e-6)
     np.testing.assert_allclose(gated(x, a, y), x + a[:, None] * y, atol=1e-6)
     assert gated(jnp.asarray(x, jnp.bfloat16), a, y).dtype == jnp.bfloat16
+
+
+def test_an_initialiser_runs_once_and_a_wrong_shape_is_refused():
+    """Flax would trace it at every call; its error for a parameter of another shape is kept."""
+    calls = []
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def init(key, shape, dtype):
+                calls.append(shape)
+                return jax.random.normal(key, shape, dtype)
+
+            return x * parameter(self, "gain", init, x.shape[-1:], jnp.float32)
+
+    x = jnp.ones((2, 3))
+    made = Layer().init(jax.random.key(0), x)
+    np.testing.assert_array_equal(Layer().apply(made, x)[0], made["params"]["gain"])
+    assert calls == [(3,)]
+    with pytest.raises(ScopeParamShapeError):
+        Layer().apply(made, jnp.ones((2, 4)))

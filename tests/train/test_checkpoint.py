@@ -15,6 +15,7 @@ from lwd_jax import config as configs
 from lwd_jax.config import to_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
+from lwd_jax.parallel.rules import path_string
 from lwd_jax.train.checkpoint import DAMAGED, MANIFEST, Checkpoints, damage, read_params, saved_steps
 from lwd_jax.train.program import build_program
 from lwd_jax.train.state import eval_params
@@ -199,6 +200,21 @@ def test_a_silent_cast_is_refused(saved):
     checkpoints = Checkpoints(workdir, keep=3)
     with pytest.raises(UserError, match="blocks/k/kernel.*float32.*bfloat16"):
         checkpoints.restore(half, CONFIG)
+    checkpoints.close()
+
+
+def test_a_state_kept_in_another_shape_is_refused_by_name(saved):
+    """By an earlier version, say: Orbax would end in a traceback."""
+    workdir, _ = saved
+    state = program().state
+    named = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    path = next(path for path, leaf in named if leaf.ndim == 2)
+    other = jax.tree_util.tree_map_with_path(
+        lambda at, a: jax.ShapeDtypeStruct((5, 3), a.dtype, sharding=a.sharding) if at == path else a, state.opt_state
+    )
+    checkpoints = Checkpoints(workdir, keep=3)
+    with pytest.raises(UserError, match=rf"'opt_state/{path_string(path)}' in shape .*keeps \(5, 3\)"):
+        checkpoints.restore(state._replace(opt_state=other), CONFIG)
     checkpoints.close()
 
 
