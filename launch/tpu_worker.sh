@@ -6,7 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
 log="$root/run.log" pid="$root/run.pid" ended="$root/run.ended"
 
-running() { [[ -f "$pid" ]] && kill -0 "$(cat "$pid")" 2>/dev/null; }
+# By its last file too: where process 1 is a container's and reaps late or never, the dead still have their number.
+running() { [[ -f "$pid" && ! -f "$ended" ]] && kill -0 "$(cat "$pid")" 2>/dev/null; }
 
 setup() {
   if [[ "${2:-}" ]] && ! mountpoint -q /mnt/bucket; then
@@ -46,7 +47,10 @@ train() {
   echo "$code" >"$ended"
 }
 
-follow() { tail -n +1 -F --pid="$(cat "$pid")" "$log" 2>/dev/null; }
+follow() {
+  while running; do sleep 0.2; done >/dev/null 2>&1 &
+  tail -n +1 -F --sleep-interval=0.2 --pid=$! "$log" 2>/dev/null
+}
 
 status() { if running; then echo running; else cat "$ended"; fi; }
 

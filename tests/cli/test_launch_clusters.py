@@ -185,6 +185,16 @@ def test_a_slice_that_is_there_is_used(fake):
     assert verbs(fake) == ["tpu-vm delete"] and len(told(fake, "lwd.worker1")) == 1
 
 
+def test_a_run_has_ended_when_it_says_so(fake, checkout):
+    """Though its number is still there: process 1 of a container may never ask for the dead."""
+    (checkout / "run.pid").write_text(str(os.getpid()))
+    (checkout / "run.log").write_text("the last line\n")
+    worker = str(checkout / "launch" / "tpu_worker.sh")
+    assert launch(fake, worker, "status") == "running\n"
+    (checkout / "run.ended").write_text("2\n")
+    assert launch(fake, worker, "status") == "2\n" and launch(fake, worker, "follow") == "the last line\n"
+
+
 def words_of(line, fake):
     """What a shell makes of a printed command."""
     script = f"printf '%s\\0' {line}"
