@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 from compiling import QUICKLY
 from safetensors.numpy import load_file, save_file
-from tiny_models import autoencoder, write_inputs
+from tiny_models import autoencoder, random_params, write_inputs
 
-from lwd_jax.autoencoders import save_autoencoder
+from lwd_jax.autoencoders import kl, save_autoencoder
 from lwd_jax.cli import main
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
 from lwd_jax.train.models import read_description
+
+
+# What runs of several processes train, each of which would else spend seconds on it.
+SMALL = kl.Config(latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 
 
 def config_of(root, stage):
@@ -52,6 +56,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
     write_inputs(root)
     save_autoencoder(root / "other", *autoencoder(1))
+    save_autoencoder(root / "small", kl.AUTOENCODER.build(SMALL), random_params(kl.AUTOENCODER, SMALL, 0))
     shutil.copytree(root / "vae", root / "torn")
     file = next((root / "torn").glob("*.safetensors"))
     tensors = load_file(file)
@@ -76,15 +81,17 @@ def command(root, workdir, *overrides, stage=1):
     return [sys.executable, "-m", "lwd_jax.cli", "train", *arguments]
 
 
-def train(root, workdir, *overrides):
-    found = subprocess.run(command(root, workdir, *overrides), env=environment(root), capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
 def start(root, workdir, *overrides):
+    words = command(root, workdir, f"--config.models.autoencoder={root}/small", *overrides)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(root, workdir, *overrides), env=environment(root), **pipes)
+    return subprocess.Popen(words, env=environment(root), **pipes)
+
+
+def train(root, workdir, *overrides):
+    process = start(root, workdir, *overrides)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    return printed
 
 
 def wait_for_line(process, workdir, step):
