@@ -7,5 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup_venv.sh
 setup_venv "$PWD" test
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+unset PYTHONDONTWRITEBYTECODE # the tests start a hundred processes: each would compile the sources again
 # One worker per core: most of a test is compiling, which is single-threaded.
 exec .venv/bin/python -m pytest -n auto --dist worksteal "$@"

@@ -15,10 +15,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " " + QUICKLY
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A worker has one core: PyTorch's threads, on all of them, would wait for those of the other workers at every layer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one worker or command has compiled, the others read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lwd-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# So is what takes a tenth of a second: with JAX's own second most is compiled again.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import flags  # noqa: E402

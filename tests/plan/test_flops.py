@@ -1,25 +1,34 @@
 """Law: FLOPs by formula are those that torch counts in diffusers' model, but for what comes to nothing there."""
 
+import functools
+
 import pytest
 
 from lwd_jax.backbones import flux, sd3
 from lwd_jax.plan.flops import TRAINING, backbone_forward, flux_forward, sd3_forward
 
 
+@functools.cache
+def foreign(name, config):
+    """diffusers' model without values, of the class of that name."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    family = sd3 if isinstance(config, sd3.Config) else flux
+    with torch.device("meta"):
+        return getattr(diffusers, name)(**family.to_foreign(config))
+
+
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "tiny"])
 @pytest.mark.parametrize(("height", "width", "text"), [(64, 64, 333), (48, 32, 77)])
 def test_sd3_forward_is_torchs_count(variant, height, width, text):
     torch = pytest.importorskip("torch")
-    from diffusers import SD3Transformer2DModel
     from torch.utils.flop_counter import FlopCounterMode
 
     config = sd3.VARIANTS[variant]
+    model = foreign("SD3Transformer2DModel", config)
     height, width = (min(size, 2 * config.pos_embed_max_size) for size in (height, width))
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = SD3Transformer2DModel(**sd3.to_foreign(config))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         latent, tokens = torch.empty(1, 16, height, width), torch.empty(1, text, config.joint_attention_dim)
-        with torch.no_grad():
-            model(latent, tokens, torch.empty(1, config.pooled_projection_dim), torch.empty(1))
+        model(latent, tokens, torch.empty(1, config.pooled_projection_dim), torch.empty(1))
     # diffusers computes the text's queries of the last block and what they attend to, and drops it.
     dropped = 2 * text * config.width**2 + 4 * text * (height * width // 4 + text) * config.width
     assert sd3_forward(config, height, width, text) == counter.get_total_flops() - dropped
@@ -35,19 +44,17 @@ def test_figures_of_a_training_step():
 @pytest.mark.parametrize("variant", flux.VARIANTS)
 def test_flux_forward_is_torchs_count(variant):
     torch = pytest.importorskip("torch")
-    from diffusers import FluxTransformer2DModel
     from torch.utils.flop_counter import FlopCounterMode
 
     config, (height, width, text) = flux.VARIANTS[variant], (48, 32, 77)
+    model = foreign("FluxTransformer2DModel", config)
     picture, empty = height * width // 4, torch.empty
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = FluxTransformer2DModel(**flux.to_foreign(config))
-        with torch.no_grad():
-            model(
-                empty(1, picture, 64), empty(1, text, config.joint_attention_dim),
-                empty(1, config.pooled_projection_dim), empty(1), torch.zeros(picture, 3), torch.zeros(text, 3),
-                guidance=empty(1) if config.guidance_embeds else None,
-            )  # fmt: skip
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(
+            empty(1, picture, 64), empty(1, text, config.joint_attention_dim),
+            empty(1, config.pooled_projection_dim), empty(1), torch.zeros(picture, 3), torch.zeros(text, 3),
+            guidance=empty(1) if config.guidance_embeds else None,
+        )  # fmt: skip
     assert backbone_forward(config, height, width, text) == counter.get_total_flops()
 
 
