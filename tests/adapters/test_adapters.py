@@ -32,15 +32,15 @@ def base():
 
 @functools.cache
 def adapted(adapter=LORA):
-    return attach(base(), jax.random.key(1), adapter)
+    # Decompositions of many shapes are one program; draws of many shapes are compiled faster one by one.
+    start = attach if adapter.kind == "lora" else jax.jit(attach, static_argnums=2)
+    return start(base(), jax.random.key(1), adapter)
 
 
 def trained(params, seed=0):
     """The same with factors that have moved."""
     rng = np.random.default_rng(seed)
-    moved = {
-        name: jnp.asarray(0.1 * rng.standard_normal(flat(params)[name].shape), jnp.float32) for name in factors(params)
-    }
+    moved = {name: (0.1 * rng.standard_normal(flat(params)[name].shape)).astype(np.float32) for name in factors(params)}
     return merge(params, nested(moved))
 
 
@@ -65,7 +65,7 @@ def output(params):
 
 
 def apart(found, expected) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
 
 
 # ---------------------------------------------------------------------------------------------------------- start
@@ -74,7 +74,7 @@ def apart(found, expected) -> float:
 @pytest.mark.parametrize("init", ["gaussian", "zero"])
 def test_lora_starts_at_its_base_bit_for_bit(init):
     params = adapted(dataclasses.replace(LORA, init=init))
-    zero = {name[-1] for name in factors(params) if not np.any(flat(params)[name])}
+    zero = {name[-1] for name in factors(params) if not np.any(np.asarray(flat(params)[name]))}
     assert zero == {"gaussian": {"b"}, "zero": {"a"}}[init]
     np.testing.assert_array_equal(output(params), output(base()))
     assert {name: leaf for name, leaf in flat(params).items() if not is_factor(name)}.keys() == flat(base()).keys()
@@ -82,7 +82,7 @@ def test_lora_starts_at_its_base_bit_for_bit(init):
 
 def test_the_drawn_factor_has_the_deviation_1_over_rank():
     params = attach(
-        {"blocks": {"q": {"kernel": jnp.zeros((2, 400, 300))}}}, jax.random.key(0), Adapter("lora", 4, ("q",))
+        {"blocks": {"q": {"kernel": np.zeros((2, 400, 300))}}}, jax.random.key(0), Adapter("lora", 4, ("q",))
     )
     first = np.asarray(params["blocks"]["q"]["lora_a"])
     assert first.shape == (2, 400, 4) and first.std() == pytest.approx(1 / 4, rel=0.03)
@@ -102,7 +102,7 @@ def test_scale(stabilised, scale):
 def test_minor_components_are_the_smallest_and_start_at_the_base():
     """Against numpy's decomposition in float64; the kernel and what trains in it add up to the kernel."""
     params, name = adapted(MINOR), "joint_blocks/text/out"
-    leaves, kernel = flat(params), np.asarray(flat(base())[f"{name}/kernel"], np.float64)
+    leaves, kernel = flat(jax.device_get(params)), np.asarray(flat(base())[f"{name}/kernel"], np.float64)
     for layer in range(kernel.shape[0]):
         u, s, v = np.linalg.svd(kernel[layer])
         minor = (u[:, -3:] * s[-3:]) @ v[-3:]
@@ -111,7 +111,7 @@ def test_minor_components_are_the_smallest_and_start_at_the_base():
         np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-5)
         still = kernel[layer] + leaves[f"{name}/fixed_a"][layer] @ leaves[f"{name}/fixed_b"][layer]
         np.testing.assert_allclose(still, kernel[layer] - minor, atol=1e-6)
-    for path, leaf in flat(merged(params)).items():
+    for path, leaf in flat(jax.jit(merged)(params)).items():
         np.testing.assert_allclose(leaf, flat(base())[path], atol=1e-6)
         np.testing.assert_array_equal(leaves[path], flat(base())[path])
     assert apart(output(params), output(base())) < 1e-6
@@ -120,12 +120,12 @@ def test_minor_components_are_the_smallest_and_start_at_the_base():
 def test_minor_components_start_at_a_bfloat16_base_too():
     """The components lie below the last bit of the kernel, where subtracting them from it would do nothing."""
     rng = np.random.default_rng(0)
-    kernel = jnp.asarray(rng.standard_normal((64, 48)), jnp.bfloat16)
-    plain = {"q": {"kernel": kernel, "bias": jnp.zeros(48)}}
-    params = attach(plain, jax.random.key(0), Adapter("minor_components", 2, ("q",)))
-    x, layer = rng.standard_normal((5, 64)).astype(np.float32), Dense(48)
-    plain = layer.apply({"params": plain["q"]}, x)
-    np.testing.assert_allclose(layer.apply({"params": params["q"]}, x), plain, atol=1e-5)
+    kernel = rng.standard_normal((64, 48)).astype(jnp.bfloat16)
+    plain = {"q": {"kernel": kernel, "bias": np.zeros(48, np.float32)}}
+    params = jax.jit(attach, static_argnums=2)(plain, jax.random.key(0), Adapter("minor_components", 2, ("q",)))
+    x, layer = rng.standard_normal((5, 64)).astype(np.float32), jax.jit(Dense(48).apply)
+    plain = layer({"params": plain["q"]}, x)
+    np.testing.assert_allclose(layer({"params": params["q"]}, x), plain, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- merge
@@ -135,26 +135,29 @@ def test_minor_components_start_at_a_bfloat16_base_too():
 def test_merged_equals_adapted(adapter):
     params = trained(adapted(adapter))
     assert apart(output(params), output(base())) > 1e-2
-    assert apart(output(merged(params)), output(params)) < 1e-5
-    assert jax.tree.map(jnp.shape, merged(params)) == jax.tree.map(jnp.shape, base())
-    assert apart(output(frozen(params)), output(params)) < 1e-6
-    assert not factors(frozen(params))
+    plain = jax.jit(merged)(params)
+    assert apart(output(plain), output(params)) < 1e-5
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, base())
+    fixed = jax.jit(frozen)(params)
+    assert apart(output(fixed), output(params)) < 1e-6
+    assert not factors(fixed)
 
 
 def test_minor_components_over_a_lora_start_at_both():
     """The 4K adapters of URAE: over the base with its 2K adapter fused, of whose kernels they are the components."""
     lora = trained(adapted())
-    params = attach(frozen(lora), jax.random.key(1), MINOR)
+    params = jax.jit(attach, static_argnums=2)(frozen(lora), jax.random.key(1), MINOR)
     assert apart(output(params), output(lora)) < 2e-6
     name = "joint_blocks/picture/q"
-    fused, leaves = np.asarray(flat(merged(lora))[f"{name}/kernel"], np.float64), flat(params)
+    fused = np.asarray(flat(jax.jit(merged)(lora))[f"{name}/kernel"], np.float64)
+    leaves = flat(jax.device_get(params))
     u, s, v = np.linalg.svd(fused[0])
     np.testing.assert_allclose(
         leaves[f"{name}/lora_a"][0] @ leaves[f"{name}/lora_b"][0], (u[:, -3:] * s[-3:]) @ v[-3:], atol=1e-6
     )
     assert leaves[f"{name}/fixed_a"].shape[-1] == 6
     moved = trained(params, seed=5)
-    assert apart(output(merged(moved)), output(moved)) < 1e-5
+    assert apart(output(jax.jit(merged)(moved)), output(moved)) < 1e-5
 
 
 def test_without_adapters_everything_stays():
@@ -197,21 +200,22 @@ def test_dropout_is_of_what_the_factors_see():
     """y = x W + bias + (kept x / (1 - rate)) a b, with elements kept at the rate, each picture by its own key."""
     rng = np.random.default_rng(0)
     x = rng.uniform(1, 2, (3, 50, 40)).astype(np.float32)
-    params = {"kernel": jnp.zeros((40, 40)), "bias": jnp.zeros(40), "lora_a": jnp.eye(40), "lora_b": jnp.eye(40)}
-    params |= {"lora_scale": jnp.ones(())}
+    zeros, one = np.zeros((40, 40), np.float32), np.eye(40, dtype=np.float32)
+    params = {"kernel": zeros, "bias": zeros[0], "lora_a": one, "lora_b": one, "lora_scale": np.float32(1)}
     keys = jax.random.split(jax.random.key(0), 3)
 
-    def run(rate, keys, x=x):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(rate, keys, x):
         with dropout(rate, keys):
-            return np.asarray(Dense(40).apply({"params": params}, x, rngs=streams(rate)))
+            return Dense(40).apply({"params": params}, x, rngs=streams(rate))
 
-    seen = run(0.25, keys)
+    seen = np.asarray(run(0.25, keys, x))
     kept = seen != 0
     np.testing.assert_allclose(seen[kept], (x / 0.75)[kept], rtol=1e-5)
     assert kept.mean() == pytest.approx(0.75, abs=0.02)
     assert (kept[0] != kept[1]).mean() > 0.2
     np.testing.assert_array_equal(run(0.25, keys[1:], x[1:]), seen[1:])
-    np.testing.assert_allclose(run(0.0, keys), x, rtol=1e-5)
+    np.testing.assert_allclose(run(0.0, keys, x), x, rtol=1e-5)
 
 
 def test_dropout_reaches_every_layer_of_a_stack_differently():

@@ -30,16 +30,16 @@ ROWS = sd3.weights(SD3)
 @functools.cache
 def params_of(kind):
     """Adapters over the tiny backbone whose factors have moved; "chain": minor components over a LoRA."""
-    base = backbone(0)[1]
+    base, start = backbone(0)[1], jax.jit(attach, static_argnums=2)
     adapted = {
         "lora": lambda: attach(base, jax.random.key(1), LORA),
-        "minor_components": lambda: attach(base, jax.random.key(1), MINOR),
-        "chain": lambda: attach(frozen(params_of("lora")), jax.random.key(1), MINOR),
+        "minor_components": lambda: start(base, jax.random.key(1), MINOR),
+        "chain": lambda: start(frozen(params_of("lora")), jax.random.key(1), MINOR),
     }[kind]()
     rng = np.random.default_rng(4)
-    leaves = flat(adapted)
+    leaves = flat(jax.device_get(adapted))
     moved = {name: 0.1 * rng.standard_normal(leaves[name].shape).astype(np.float32) for name in trainable(leaves)}
-    return merge(adapted, nested({name: jnp.asarray(leaves[name] + leaf) for name, leaf in moved.items()}))
+    return jax.device_put(nested(leaves | {name: leaves[name] + leaf for name, leaf in moved.items()}))
 
 
 def inputs():
@@ -63,7 +63,7 @@ def theirs(model):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "transformer"
-    save_backbone(folder, *backbone(0))
+    save_backbone(folder, *jax.device_get(backbone(0)))
     return folder
 
 
@@ -93,7 +93,7 @@ def test_diffusers_loads_it_and_gives_the_same_output(folder, tmp_path, kind, ra
     weights = model.state_dict()
     for row in ROWS:
         if row.ours == "joint_blocks/text/q/kernel":
-            found = flat(merged(params))[row.ours]
+            found = np.asarray(flat(jax.jit(merged)(params))[row.ours])
             for i in range(row.count):
                 name = row.foreign.replace("{i}", str(i))
                 np.testing.assert_allclose(found[i].T, weights[name].numpy(), atol=1e-6)
@@ -112,7 +112,6 @@ def test_gradients_equal_those_of_peft(folder, tmp_path):
     prefixed = {f"transformer.{name}": tensor for name, tensor in load_file(tmp_path / FILE).items()}
     save_file(prefixed, tmp_path / FILE)
     factors = read_file(tmp_path / FILE, ROWS, abstract_params(sd3.BACKBONE, SD3))
-    factors = jax.tree.map(jnp.asarray, factors)
     z, t, cond = inputs()
     weight = np.random.default_rng(9).standard_normal(z.shape).astype(np.float32)
 
@@ -171,9 +170,10 @@ def test_what_diffusers_saves_is_read_back(folder, tmp_path):
 def test_there_and_back_is_the_same_model(tmp_path, kind):
     write_file(tmp_path / FILE, ROWS, params_of(kind))
     factors = read_file(tmp_path / FILE, ROWS, abstract_params(sd3.BACKBONE, SD3))
-    again = merge(backbone(0)[1], factors)
-    for name, leaf in flat(merged(params_of(kind))).items():
-        np.testing.assert_allclose(flat(merged(again))[name], leaf, atol=1e-6)
+    again = jax.device_put(merge(backbone(0)[1], factors))
+    found = flat(jax.jit(merged)(again))
+    for name, leaf in flat(jax.jit(merged)(params_of(kind))).items():
+        np.testing.assert_allclose(found[name], leaf, atol=1e-6)
     write_file(tmp_path / "again", ROWS, again)
     # One rank stands for all: a file of several is filled up with zeros.
     assert ((tmp_path / "again").read_bytes() == (tmp_path / FILE).read_bytes()) == (kind == "lora")
@@ -181,14 +181,14 @@ def test_there_and_back_is_the_same_model(tmp_path, kind):
 
 def test_the_combined_adapter_of_urae_has_the_three_parts():
     """[-A0; A4k; A2k]: over the base, the 2K adapter, and the 4K components with those at the start taken off."""
-    lora, chain = flat(params_of("lora")), flat(params_of("chain"))
+    lora, chain = (flat(jax.device_get(params_of(kind))) for kind in ("lora", "chain"))
     name = "last_block/picture/out"
     down, up = products(ROWS, params_of("chain"))["transformer_blocks.2.attn.to_out.0"]
     scale = lora[f"{name}/lora_scale"]
-    kernel = flat(backbone(0)[1])[f"{name}/kernel"]
+    kernel = np.asarray(flat(backbone(0)[1])[f"{name}/kernel"])
     two = scale * lora[f"{name}/lora_a"] @ lora[f"{name}/lora_b"]
     four = chain[f"{name}/lora_a"] @ chain[f"{name}/lora_b"]
-    u, s, v = np.linalg.svd(np.asarray(kernel + two, np.float64))
+    u, s, v = np.linalg.svd(np.float64(kernel + two))
     start = (u[:, -2:] * s[-2:]) @ v[-2:]
     assert down.shape == (2 + 2 + 3, 16)
     np.testing.assert_allclose((up @ down).T, two + four - start, atol=2e-6)

@@ -111,7 +111,7 @@ class Twin:
 
     def assert_gradients_equal(self, ours, foreign, bound: float = 1e-4) -> None:
         """Ours against those that torch has left on diffusers' parameters, each relative to its own length."""
-        made = dict(write(self.rows, ours))
+        made = dict(write(self.rows, jax.device_get(ours)))
         theirs = {name: parameter.grad.numpy() for name, parameter in foreign.named_parameters()}
         typical = float(np.median([np.linalg.norm(gradient) for gradient in theirs.values()]))
         worst = max((apart(made[name], gradient, 1e-3 * typical), name) for name, gradient in theirs.items())

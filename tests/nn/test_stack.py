@@ -42,19 +42,18 @@ def loss(settled):
 def test_nothing_is_computed_differently():
     for masked in (False, True):
         tokens, emb, real = given(masked)
-        params = Model(False).init(jax.random.key(1), tokens, emb, real)["params"]
-        assert jax.tree.structure(params) == jax.tree.structure(
-            Model(True).init(jax.random.key(1), *given(masked))["params"]
-        )
+        params = jax.jit(Model(False).init)(jax.random.key(1), tokens, emb, real)["params"]
+        settled = jax.eval_shape(Model(True).init, jax.random.key(1), tokens, emb, real)["params"]
+        assert jax.tree.structure(params) == jax.tree.structure(settled)
         made, expected = (
-            jax.value_and_grad(loss(kind), (0, 1, 2))(params, tokens, emb, real) for kind in (True, False)
+            jax.jit(jax.value_and_grad(loss(kind), (0, 1, 2)))(params, tokens, emb, real) for kind in (True, False)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), made, expected)
 
 
 def test_the_weights_gradients_do_not_wait():
     """What comes before the block is differentiated with what a barrier over all of the block's gradients gives out."""
-    params = Model(True).init(jax.random.key(1), *given(False))["params"]
+    params = jax.eval_shape(Model(True).init, jax.random.key(1), *given(False))["params"]
     traced = jax.make_jaxpr(jax.grad(loss(True)))(params, *given(False))
     barriers = [e for e in traced.eqns if e.primitive.name == "optimization_barrier"]
     assert len(barriers) == 1
@@ -83,7 +82,7 @@ def test_a_stack_is_a_loop_but_on_a_cpu_without_remat(remat, adapters):
     for platform in ("cpu", "gpu", "tpu"):
         with for_platform(platform):
             module = stacked(Layer, 3, remat, adapters=adapters)()
-            params = module.init(jax.random.key(3), *given)["params"]
+            params = jax.jit(module.init)(jax.random.key(3), *given)["params"]
 
             def loss(params, x, shift, module=module):
                 return jnp.square(module.apply({"params": params}, x, shift)[0]).sum()
@@ -97,7 +96,7 @@ def test_a_stack_is_a_loop_but_on_a_cpu_without_remat(remat, adapters):
 
 
 def test_a_model_with_adapters_is_known_by_its_parameters():
-    plain = {"first": {"kernel": jnp.ones((3, 4))}, "last": {"Dense_0": {"kernel": jnp.ones((4, 6))}}}
-    lora = {**plain, "last": {"Dense_0": {"kernel": jnp.ones((4, 6)), "lora_scale": jnp.ones(())}}}
-    joined = {**plain, "first": {"kernel": jnp.ones((3, 4)), "fixed_a": jnp.ones((3, 2))}}
+    plain = {"first": {"kernel": np.ones((3, 4))}, "last": {"Dense_0": {"kernel": np.ones((4, 6))}}}
+    lora = {**plain, "last": {"Dense_0": {"kernel": np.ones((4, 6)), "lora_scale": np.ones(())}}}
+    joined = {**plain, "first": {"kernel": np.ones((3, 4)), "fixed_a": np.ones((3, 2))}}
     assert [adapted(Model(True).bind({"params": params})) for params in (plain, lora, joined)] == [False, True, True]
