@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from lwd_jax.nn.layers import parameter, precision_of
+from lwd_jax.nn.layers import parameter, plus_bias, precision_of
 from lwd_jax.nn.sharding import axis_size, batch_axes
 from lwd_jax.shapes import Array
 
@@ -172,7 +172,7 @@ def _convolve_whole(
     if halo is not None:
         x, vertical = jnp.concatenate([halo[0], x, halo[1]], axis=1), (0, 0)
     product = _product if bias.dtype == x.dtype else _accumulated
-    y = product(Step(step.stride, (vertical, horizontal)), x, kernel) + bias
+    y = plus_bias(product(Step(step.stride, (vertical, horizontal)), x, kernel), bias)
     return y if plus is None else y + plus
 
 

@@ -30,6 +30,15 @@ def precision_of(dtype) -> lax.Precision | None:
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def plus_bias(y, bias):
+    """y [... D] + bias [D], in the dtype of y; the bias's gradient is a sum in float32.
+
+    JAX would sum it in the dtype of y: over 65,536 tokens in bfloat16 it was 4 % off on a CPU.
+    """
+    wide = bias.astype(jnp.promote_types(bias.dtype, jnp.float32))
+    return y + lax.broadcast_in_dim(wide, y.shape, (y.ndim - 1,)).astype(y.dtype)
+
+
 def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype) -> jax.Array:
     """`module.param` of these arguments. Where the parameter is there, its shape alone is looked at: to know that shape
     Flax would trace the initialiser, at every call, a tenth of the time that tracing a step takes.
@@ -87,7 +96,7 @@ class Dense(nn.Module):
             kernel = _rounded(kernel, self.get_variable("params", OPERAND))
         bias = parameter(self, "bias", ZEROS, (self.features,), self.param_dtype)
         out_dtype = self.out_dtype or self.dtype
-        y = self._products(parts, kernel, out_dtype) + bias.astype(out_dtype)
+        y = plus_bias(self._products(parts, kernel, out_dtype), bias)
         adapted = self.has_variable("params", SCALE) or self.has_variable("params", FIXED[0])
         return y + self.adapter(jnp.concatenate(parts, -1)) if adapted else y
 

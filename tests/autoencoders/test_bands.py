@@ -106,6 +106,19 @@ def test_bands_in_bfloat16(result):
             np.testing.assert_allclose(road[0], exact[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("limits", [Limits(0, 14 * 5 * 3), Limits()])
+def test_the_gradient_of_a_bias_is_summed_in_float32(limits):
+    """Over the positions of a picture: in bfloat16 ones added one by one would end at 256. It is rounded once."""
+    x, kernel = np.zeros((2, 60, 14, 3), jnp.bfloat16), np.zeros((3, 3, 3, 5), jnp.bfloat16)
+    weight = np.random.default_rng(0).uniform(0.9, 1.1, (2, 60, 14, 5)).astype(jnp.bfloat16)
+
+    def loss(bias):
+        return jnp.sum(convolve(Step(1, SAME), x, kernel, bias, limits=limits).astype(jnp.float32) * weight)
+
+    gradient = np.asarray(jax.jit(jax.grad(loss))(np.zeros(5, jnp.bfloat16)), np.float64)
+    np.testing.assert_allclose(gradient, weight.astype(np.float64).sum((0, 1, 2)), rtol=2**-8)
+
+
 def test_bands_need_little_memory_on_a_cpu():
     """Norm-like work before and after a bfloat16 convolution of 64 MiB. In bands no float32 picture is kept."""
     x = jax.ShapeDtypeStruct((1, 1024, 1024, 32), jnp.bfloat16)

@@ -113,6 +113,22 @@ def test_dense_keeps_the_accumulator_where_asked():
     assert Dense(1, dtype=jnp.bfloat16).apply({"params": params}, x).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_gradient_of_a_bias_is_summed_in_float32(platform):
+    """In bfloat16 ones added one by one would end at 256."""
+    params, x = {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(3, np.float32)}, np.ones((2, 900, 4))
+    weight = np.random.default_rng(0).uniform(0.9, 1.1, (2, 900, 3)).astype(jnp.bfloat16)
+
+    def loss(bias):
+        y = Dense(3, dtype=jnp.bfloat16).apply({"params": params | {"bias": bias}}, x)
+        return jnp.sum(y.astype(jnp.float32) * weight)
+
+    with for_platform(platform):
+        gradient = jax.jit(jax.grad(loss))(params["bias"])
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_allclose(gradient, weight.astype(np.float64).sum((0, 1)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_parts_are_one_input_that_is_never_joined(dtype, error, adapted):
