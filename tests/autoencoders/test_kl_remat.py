@@ -56,19 +56,15 @@ def plain_gradient(side):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("side", "remat", "options"),
-    [
-        pytest.param(64, "full", None, id="64-full-quickly"),
-        pytest.param(64, "full", AS_USERS, id="64-full", marks=pytest.mark.heavy),
-        pytest.param(64, "attention", AS_USERS, id="64-attention", marks=pytest.mark.heavy),
-        pytest.param(128, "full", AS_USERS, id="128-full", marks=pytest.mark.heavy),
-    ],
+    "side, remat",
+    [(64, "full"), *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((64, "attention"), (128, "full")))],
 )
-def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat, options):
+def test_stage_1_gradients_under_jit_at_local_batch_1(side, remat):
     """Every policy gives the gradient of no remat. (On XLA:CPU one was once seen wrong, at one size alone.)"""
     params, plain = plain_gradient(side)
-    gradient = jax.jit(jax.grad(functools.partial(stage_1_loss, remat, side)), compiler_options=options)
-    assert_near(gradient(params), plain)
+    assert_near(
+        jax.jit(jax.grad(functools.partial(stage_1_loss, remat, side)), compiler_options=AS_USERS)(params), plain
+    )
 
 
 @pytest.mark.parametrize("side", [64, pytest.param(128, marks=pytest.mark.heavy)])
