@@ -93,15 +93,14 @@ def with_gradients(limits, x, kernel, bias):
 @pytest.mark.parametrize("result", [jnp.bfloat16, jnp.float32])
 def test_bands_in_bfloat16(result):
     """With a result of their own dtype, and with one that keeps the float32 sums; all near float32 operands."""
-    x = np.asarray(jax.random.normal(jax.random.key(0), (1, 20, 14, 3), jnp.bfloat16))
-    kernel = np.asarray(jax.random.normal(jax.random.key(1), (3, 3, 3, 5), jnp.bfloat16))
+    x, kernel = draw(1, 20, 14, 3).astype(jnp.bfloat16), draw(3, 3, 3, 5, seed=1).astype(jnp.bfloat16)
     bias = np.ones(5, result)
     exact = with_gradients(Limits(), *(a.astype(np.float32) for a in (x, kernel, bias)))
     for limits in (Limits(0, 14 * 5 * 3), Limits()):
         road = with_gradients(limits, x, kernel, bias)
         assert [a.dtype for a in road] == [result, jnp.bfloat16, jnp.bfloat16, result]
         for ours, wanted in zip(road, exact):
-            assert np.linalg.norm(ours.astype(np.float32) - wanted) < 2e-2 * np.linalg.norm(wanted)
+            assert np.linalg.norm(ours.astype(np.float32) - wanted) < 5e-3 * np.linalg.norm(wanted)
         if result == jnp.float32:
             np.testing.assert_allclose(road[0], exact[0], rtol=1e-5, atol=1e-5)
 
