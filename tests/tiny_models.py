@@ -26,6 +26,8 @@ from lwd_jax.weights.model import abstract_params
 KL = kl.Config(
     latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, scaling=1.7, shift=0.06
 )
+# For runs of several processes, each of which would else spend seconds on it.
+SMALL_KL = kl.Config(latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 SD3 = sd3.Config(
     sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
     joint_attention_dim=24, pooled_projection_dim=16, pos_embed_max_size=12,
@@ -55,8 +57,8 @@ def random_params(model, config, seed: int):
     return jax.tree_util.tree_map_with_path(draw, abstract_params(model, config))
 
 
-def autoencoder(seed: int):
-    return kl.AUTOENCODER.build(KL), random_params(kl.AUTOENCODER, KL, seed)
+def autoencoder(seed: int, sizes=KL):
+    return kl.AUTOENCODER.build(sizes), random_params(kl.AUTOENCODER, sizes, seed)
 
 
 def backbone(seed: int, sizes=SD3):

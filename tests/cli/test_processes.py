@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from compiling import QUICKLY
 from PIL import Image
-from tiny_models import random_params
+from tiny_models import SMALL_KL, autoencoder
 
-from lwd_jax.autoencoders import kl, save_autoencoder
+from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.cli import main
 from lwd_jax.config import load_config
 from lwd_jax.data.dataset import find_pictures, write_dataset
@@ -166,9 +166,6 @@ def test_a_process_that_stays_alone_says_so(root, number):
     )
 
 
-SMALL = kl.Config(latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
-
-
 @pytest.fixture(scope="module")
 def stage1(root):
     """The config file of a small run of stage 1."""
@@ -178,7 +175,7 @@ def stage1(root):
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
     paths = find_pictures(root / "images")
     write_dataset(root / "dataset", root / "images", paths, [("",)] * 9, lambda *_: None)
-    save_autoencoder(root / "vae", kl.AUTOENCODER.build(SMALL), random_params(kl.AUTOENCODER, SMALL, 0))
+    save_autoencoder(root / "vae", *autoencoder(0, SMALL_KL))
     config = {
         "stage": 1,
         "resolution": 16,

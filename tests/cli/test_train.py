@@ -14,17 +14,13 @@ import numpy as np
 import pytest
 from compiling import QUICKLY
 from safetensors.numpy import load_file, save_file
-from tiny_models import autoencoder, random_params, write_inputs
+from tiny_models import SMALL_KL, autoencoder, write_inputs
 
-from lwd_jax.autoencoders import kl, save_autoencoder
+from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.cli import main
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
 from lwd_jax.train.models import read_description
-
-
-# What runs of several processes train, each of which would else spend seconds on it.
-SMALL = kl.Config(latent_channels=4, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 
 
 def config_of(root, stage):
@@ -56,7 +52,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
     write_inputs(root)
     save_autoencoder(root / "other", *autoencoder(1))
-    save_autoencoder(root / "small", kl.AUTOENCODER.build(SMALL), random_params(kl.AUTOENCODER, SMALL, 0))
+    save_autoencoder(root / "small", *autoencoder(0, SMALL_KL))
     shutil.copytree(root / "vae", root / "torn")
     file = next((root / "torn").glob("*.safetensors"))
     tensors = load_file(file)
