@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from bucket import serve
+from bucket import Bucket, put_folder, serve
 
 import lwd_jax
 from lwd_jax.cli import main
 from lwd_jax.errors import UserError
-from lwd_jax.files import Spool, files_in, is_empty, locate, on_disk, staged, write_whole
+from lwd_jax.files import Spool, checksums, files_in, is_empty, locate, on_disk, staged, write_whole
 
 ROOT = Path(lwd_jax.__file__).parent
 
@@ -112,6 +112,26 @@ def test_a_spool_of_a_bucket_writes_what_has_grown():
     before = objects["spool", "run/rows"][1]
     spool.close()
     assert objects["spool", "run/rows"][1] == before and not spool.here.exists()
+
+
+def test_a_folder_in_a_bucket_is_listed_by_one_question(tmp_path, monkeypatch):
+    """However much it holds, since each takes a while to answer; and the files are those of a folder on a disk."""
+    objects = serve()
+    for name in ("b", "deep/a", "deep/er/c", "deeper"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(name)
+    put_folder(tmp_path / "run", "gs://listed/run")
+    objects["listed", "run/deep/empty/"] = (b"", 1)
+    objects["listed", "run2/other"] = (b"1", 1)
+    asked, parse = [], Bucket.parse_request
+    monkeypatch.setattr(Bucket, "parse_request", lambda self: parse(self) and not asked.append(self.path))
+    there, here = (checksums(locate(place)) for place in ("gs://listed/run", tmp_path / "run"))
+    assert len(asked) == 1
+    assert list(there) == list(here) == ["b", "deep/a", "deep/er/c", "deeper"]
+    assert [size for size, _ in there.values()] == [size for size, _ in here.values()] == [1, 6, 9, 6]
+    assert [str(path) for path in files_in(locate("gs://listed/run"))] == [f"gs://listed/run/{name}" for name in here]
+    assert files_in(locate("gs://listed/nothing")) == [] == files_in(locate(tmp_path / "nothing"))
+    assert checksums(locate("gs://listed/nothing")) == {}
 
 
 def test_a_result_in_a_bucket_has_its_marker_last():

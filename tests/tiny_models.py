@@ -49,12 +49,13 @@ def random_params(model, config, seed: int):
         name = str(path[-1].key)
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if name == "kernel":
-            return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[-2:-1]) * (9 if leaf.shape[:2] == (3, 3) else 1)))
+            fan_in = np.prod(leaf.shape[-2:-1]) * (9 if leaf.shape[:2] == (3, 3) else 1)
+            return (noise / np.sqrt(fan_in)).astype(np.float32)
         if name == "table":
-            return jnp.asarray(sd3.position_table(config))
-        return jnp.asarray({"scale": 1 + 0.1 * noise, "bias": 0.1 * noise}[name])
+            return np.asarray(sd3.position_table(config), np.float32)
+        return {"scale": 1 + np.float32(0.1) * noise, "bias": np.float32(0.1) * noise}[name]
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(model, config))
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, abstract_params(model, config)))
 
 
 def autoencoder(seed: int, sizes=KL):

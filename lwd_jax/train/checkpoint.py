@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from lwd_jax import config as configs
 from lwd_jax.adapters.factors import saved as saved_params
 from lwd_jax.errors import UserError, read_json
-from lwd_jax.files import absolute, checksum, files_in, locate, write_whole
+from lwd_jax.files import absolute, checksums, files_in, locate, write_whole
 from lwd_jax.parallel.rules import path_string
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
@@ -60,7 +60,7 @@ class Restored(NamedTuple):
 
 
 def _checksums(step: Path) -> dict[str, tuple[int, int | None]]:
-    return {str(path.relative_to(step)): checksum(path) for path in files_in(step) if path.name != MANIFEST}
+    return {name: sums for name, sums in checksums(step).items() if name != MANIFEST}
 
 
 def _agree(found: tuple, expected: list) -> bool:
@@ -69,7 +69,7 @@ def _agree(found: tuple, expected: list) -> bool:
 
 
 def write_manifest(step: Path) -> None:
-    """`checksum` of every file of a committed step, into its MANIFEST. A step removed meanwhile is left alone."""
+    """`checksums` of the files of a committed step, into its MANIFEST. A step removed meanwhile is left alone."""
     try:
         sums = _checksums(step)
         if not sums:  # a bucket would make the folder again

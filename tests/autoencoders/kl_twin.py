@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,9 +17,9 @@ def random_params(config: kl.Config, seed: int = 0):
 
     def fill(leaf):
         fan_in = math.prod(leaf.shape[:-1])
-        return jnp.asarray(rng.standard_normal(leaf.shape) / math.sqrt(fan_in) + (leaf.ndim == 1), jnp.float32)
+        return (rng.standard_normal(leaf.shape) / math.sqrt(fan_in) + (leaf.ndim == 1)).astype(np.float32)
 
-    return jax.tree.map(fill, abstract_params(kl.AUTOENCODER, config))
+    return jax.device_put(jax.tree.map(fill, abstract_params(kl.AUTOENCODER, config)))
 
 
 def relative(ours, theirs) -> float:
@@ -53,10 +52,11 @@ def nhwc(tensor):
 def assert_gradients_equal(config: kl.Config, ours, twin, bound: float = 1e-4) -> None:
     """Ours against those that torch has left on the parameters of `twin`, each relative to its own length."""
     gradients = {name: parameter.grad.numpy() for name, parameter in twin.named_parameters()}
-    theirs = flat(read(kl.rows(config), gradients, abstract_params(kl.AUTOENCODER, config)))
-    whole = math.sqrt(sum(float(jnp.sum(g**2)) for g in theirs.values()))
-    assert flat(ours).keys() == theirs.keys()
-    for path, gradient in flat(ours).items():
+    theirs = read(kl.rows(config), gradients, abstract_params(kl.AUTOENCODER, config))
+    ours, theirs = flat(jax.device_get(ours)), flat(jax.device_get(theirs))
+    whole = math.sqrt(sum(float(np.sum(g**2)) for g in theirs.values()))
+    assert ours.keys() == theirs.keys()
+    for path, gradient in ours.items():
         # A bias before a norm, or of the keys, has gradient zero but for rounding: the whole gradient is the measure.
-        error = np.linalg.norm(np.asarray(gradient - theirs[path]))
+        error = np.linalg.norm(gradient - theirs[path])
         assert error < bound * max(np.linalg.norm(theirs[path]), 1e-3 * whole), path

@@ -1,9 +1,12 @@
 """Equal blocks of the autoencoder are one loop where their inside is made again; nothing else changes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kl_twin import random_params
 
 from lwd_jax.autoencoders.kl import AutoencoderKL, Config
 from lwd_jax.nn.platform import for_platform
@@ -42,18 +45,22 @@ OFTEN = [("full", "one block a level"), ("attention", "one level")]
 def test_a_loop_computes_the_same(name, remat):
     module = AutoencoderKL(CONFIGS[name], remat=remat)
     x = np.random.default_rng(4).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
-    params = {}
-    for platform in ("cpu", "gpu"):
-        with for_platform(platform):
-            params[platform] = jax.jit(module.init)(jax.random.key(5), x)["params"]
-    jax.tree.map(np.testing.assert_array_equal, params["cpu"], params["gpu"])
-    rng = np.random.default_rng(6)
-    moved = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), jax.device_get(params["cpu"]))
-    (expected, written), (made, looped) = (gradient(module, moved, x, platform) for platform in ("cpu", "gpu"))
+    params = random_params(CONFIGS[name], 6)
+    (expected, written), (made, looped) = (gradient(module, params, x, platform) for platform in ("cpu", "gpu"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), made, expected)
     # A block has two norms, the attention and the head one each: two halves.
     counts = [2 * sum(blocks) + 4 for blocks in BLOCKS[name]]
     assert [text.count("name=group_affine") for text in (written, looped)] == counts
+
+
+def test_what_is_initialised_is_no_loop():
+    """So the parameters are the same, and under the same names."""
+    module, x = AutoencoderKL(CONFIGS["one level"], remat="full"), jnp.zeros((1, 8, 8, 3))
+    made = {}
+    for platform in ("cpu", "gpu"):
+        with for_platform(platform):
+            made[platform] = re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(module.init)(jax.random.key(0), x)))
+    assert made["cpu"] == made["gpu"]
 
 
 def test_without_remat_nothing_is_a_loop():

@@ -1,5 +1,6 @@
 """Law: FLOPs by formula are those that torch counts in diffusers' model, but for what comes to nothing there."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -18,12 +19,15 @@ def foreign(name, config):
 
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "tiny"])
-@pytest.mark.parametrize(("height", "width", "text"), [(64, 64, 333), (48, 32, 77)])
-def test_sd3_forward_is_torchs_count(variant, height, width, text):
+@pytest.mark.parametrize(("height", "width", "text", "blocks"), [(64, 64, 333, None), (48, 32, 77, 3)])
+def test_sd3_forward_is_torchs_count(variant, height, width, text, blocks):
+    """At its own number of blocks, and with few of them at another size."""
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
     config = sd3.VARIANTS[variant]
+    if blocks is not None:
+        config = dataclasses.replace(config, num_layers=blocks, dual_layers=min(config.dual_layers, blocks - 1))
     model = foreign("SD3Transformer2DModel", config)
     height, width = (min(size, 2 * config.pos_embed_max_size) for size in (height, width))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
