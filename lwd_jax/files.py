@@ -5,7 +5,9 @@ files: they are written whole, neither appended to nor renamed, and folders are 
 from that is here too, so that nothing else asks where it writes.
 """
 
+import functools
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -33,11 +35,31 @@ def in_bucket(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith(_SCHEME)
 
 
+@functools.cache
+def _reach(address: str) -> None:
+    """Asks once whether a bucket answers. Later its client would take no answer, and a refusal, for "not there": a run
+    would not find its checkpoints, and begin again.
+    """
+    client, log = fsspec.filesystem("gcs"), logging.getLogger("gcsfs")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # pages of tracebacks: the sentence says why
+    try:
+        client.ls(address)
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # of the network, of credentials, of the service: each library has its own
+        raise UserError(
+            f"'{address}' cannot be reached: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    finally:
+        log.setLevel(level)
+
+
 def locate(name: str | os.PathLike) -> Path:
-    """The Path of a file or folder that somebody named; nothing is opened.
+    """The Path of a file or folder that somebody named. Nothing is opened, but a bucket is asked whether it answers.
 
     Raises:
-      UserError: an address that is not gs://BUCKET/..., or the extra [gcs] is not installed.
+      UserError: an address that is not gs://BUCKET/... or cannot be reached, or the extra [gcs] is not installed.
     """
     text = os.fspath(name)
     if "://" not in text:
@@ -46,6 +68,7 @@ def locate(name: str | os.PathLike) -> Path:
         raise UserError(f"'{text}' is no address that can be opened: name a folder, or gs://BUCKET/FOLDER.")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"'{text}' is in a bucket, which needs the extra [gcs]: pip install 'lwd_jax[gcs]'.")
+    _reach(text)
     return Path(text)
 
 

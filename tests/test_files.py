@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 from bucket import Bucket, put_folder, serve
 
@@ -114,6 +115,38 @@ def test_a_spool_of_a_bucket_writes_what_has_grown():
     assert objects["spool", "run/rows"][1] == before and not spool.here.exists()
 
 
+WAYS = {
+    "train": ["train", "--config=configs/quickstart_stage2.py", "--workdir=gs://closed/{}"],
+    "sample": ["sample", "--models=gs://closed/{}", "--prompt=a", "--out=out"],
+    "export": ["export", "--workdir=gs://closed/{}", "--out=out"],
+}
+
+
+@pytest.mark.parametrize("words", WAYS.values(), ids=WAYS)
+def test_a_bucket_that_does_not_let_in_is_not_an_empty_one(words, monkeypatch, capsys):
+    """Nor is one that does not answer: a run that finds no checkpoints begins anew."""
+    objects = serve()
+    name = f"run of {words[0]}"
+    refused = {"error": {"code": 403, "message": "You may not list this."}}
+    monkeypatch.setattr(Bucket, "list", lambda self, bucket: self.answer(403, refused))
+    monkeypatch.chdir(ROOT.parent)
+    assert main([word.format(name) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"lwd: 'gs://closed/{name}' cannot be reached: ") and "You may not list this." in said
+    assert said.count("\n") == 1 and not [key for key in objects if key[0] == "closed"]
+
+
+def test_a_network_that_is_down_is_told(monkeypatch):
+    serve()
+    client = fsspec.filesystem("gcs")
+    answers = [OSError("Cannot connect to host"), ConnectionResetError()]
+    monkeypatch.setattr(client, "ls", lambda address: (_ for _ in ()).throw(answers.pop(0)))
+    with pytest.raises(UserError, match="^'gs://far/away' cannot be reached: Cannot connect to host$"):
+        locate("gs://far/away")
+    with pytest.raises(UserError, match="cannot be reached: ConnectionResetError$"):  # it is asked again
+        locate("gs://far/away")
+
+
 def test_a_folder_in_a_bucket_is_listed_by_one_question(tmp_path, monkeypatch):
     """However much it holds, since each takes a while to answer; and the files are those of a folder on a disk."""
     objects = serve()
@@ -123,9 +156,10 @@ def test_a_folder_in_a_bucket_is_listed_by_one_question(tmp_path, monkeypatch):
     put_folder(tmp_path / "run", "gs://listed/run")
     objects["listed", "run/deep/empty/"] = (b"", 1)
     objects["listed", "run2/other"] = (b"1", 1)
+    places = locate("gs://listed/run"), locate(tmp_path / "run")
     asked, parse = [], Bucket.parse_request
     monkeypatch.setattr(Bucket, "parse_request", lambda self: parse(self) and not asked.append(self.path))
-    there, here = (checksums(locate(place)) for place in ("gs://listed/run", tmp_path / "run"))
+    there, here = map(checksums, places)
     assert len(asked) == 1
     assert list(there) == list(here) == ["b", "deep/a", "deep/er/c", "deeper"]
     assert [size for size, _ in there.values()] == [size for size, _ in here.values()] == [1, 6, 9, 6]
