@@ -48,9 +48,8 @@ def _reach(address: str) -> None:
     except FileNotFoundError:
         pass
     except Exception as error:  # of the network, of credentials, of the service: each library has its own
-        raise UserError(
-            f"'{address}' cannot be reached: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"'{address}' cannot be reached: {why}.") from error
     finally:
         log.setLevel(level)
 

@@ -53,9 +53,10 @@ def test_a_loop_computes_the_same(name, remat):
     assert [text.count("name=group_affine") for text in (written, looped)] == counts
 
 
-def test_what_is_initialised_is_no_loop():
+@pytest.mark.parametrize(("remat", "name"), OFTEN)
+def test_what_is_initialised_is_no_loop(remat, name):
     """So the parameters are the same, and under the same names."""
-    module, x = AutoencoderKL(CONFIGS["one level"], remat="full"), jnp.zeros((1, 8, 8, 3))
+    module, x = AutoencoderKL(CONFIGS[name], remat=remat), jnp.zeros((1, 8, 8, 3))
     made = {}
     for platform in ("cpu", "gpu"):
         with for_platform(platform):

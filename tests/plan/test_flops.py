@@ -19,7 +19,10 @@ def foreign(name, config):
 
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large", "tiny"])
-@pytest.mark.parametrize(("height", "width", "text", "blocks"), [(64, 64, 333, None), (48, 32, 77, 3)])
+@pytest.mark.parametrize(
+    ("height", "width", "text", "blocks"),
+    [(64, 64, 333, None), (48, 32, 77, 3), pytest.param(48, 32, 77, None, marks=pytest.mark.heavy)],
+)
 def test_sd3_forward_is_torchs_count(variant, height, width, text, blocks):
     """At its own number of blocks, and with few of them at another size."""
     torch = pytest.importorskip("torch")
