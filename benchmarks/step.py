@@ -1,8 +1,8 @@
 """How fast is a training step of stage 2, against the same step in PyTorch with diffusers, and what does the mask cost?
 
 Same weights, batch, loss, clipping and AdamW; master weights in float32, products in --dtype. Velocities and gradients
-of both, on the same noise and times, must agree before anything is timed. The masked and the plain step run in turn, on
-one state. Both frameworks have the huge pages that `lwd` asks for; GLIBC_TUNABLES="" in the environment: neither has.
+of both, on the same noise and times, must agree before anything is timed. The masked and the plain step share one
+state. Both frameworks have the huge pages that `lwd` asks for; GLIBC_TUNABLES="" in the environment: neither has.
 
     python benchmarks/step.py                                              # a small model, on a CPU
     python benchmarks/step.py --variant sd3-medium --part 8 --batch 1      # one block in eight of SD3-medium, on a CPU
@@ -10,6 +10,7 @@ one state. Both frameworks have the huge pages that `lwd` asks for; GLIBC_TUNABL
     python benchmarks/step.py --variant sd3-medium --resolution 1024 --dtype bfloat16 --batch 4 --compile   # a GPU
 """
 
+import math
 import os
 import statistics
 import sys
@@ -202,18 +203,21 @@ def check_agreement(args, family: Family, config, theirs: TorchStep, ours: JaxSt
 
 
 def timed(steps: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, run in turn; two rounds are run before.
+    """Seconds of each step. All are run half of `repeats` times in a row, then the other half in the opposite order,
+    with two more before each half that do not count.
 
     Of one framework only: a step that follows the other framework's waits for its idle threads, which spin, and for
-    the memory that it gave back.
+    the memory that it gave back. Nor one of each kind in turn: on a CPU the temporaries of one program, freed, leave
+    holes that those of the other do not fit, and at true width one of the two was 15 % slower than on its own.
     """
     seconds = {name: [] for name in steps}
-    for i in range(repeats + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    for half in ([*steps], [*reversed(steps)]):
+        for name in half:
+            for i in range(math.ceil(repeats / 2) + 2):
+                start = time.perf_counter()
+                steps[name]()
+                if i >= 2:
+                    seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -2,6 +2,8 @@
 
 import shlex
 
+import jax
+
 from lwd_jax.report.export import DTYPES, FORMS, export
 
 EXAMPLE = "lwd export --workdir runs/stage2 --out sd3-lwd-2k"
@@ -25,6 +27,8 @@ def arguments(parser):
 
 
 def run(args):
+    # All of a model in float32 may be more than an accelerator holds, and a run that trains there has it to itself.
+    jax.config.update("jax_platforms", "cpu")
     out = export(
         args.workdir,
         args.out,

@@ -5,6 +5,8 @@ The workdir holds one model: the backbone, or (stage 1) the autoencoder.
 
 import shlex
 
+import jax
+
 from lwd_jax.report.export import import_models
 
 EXAMPLE = "lwd import --models stable-diffusion-3-medium --workdir runs/sd3"
@@ -21,6 +23,7 @@ def arguments(parser):
 
 
 def run(args):
+    jax.config.update("jax_platforms", "cpu")  # for the same reasons as `lwd export`
     config = import_models(args.models, args.workdir, stage=args.stage, adapter=args.adapter, overwrite=args.overwrite)
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")

@@ -1,6 +1,9 @@
 """`lwd export` and `lwd import`: what they write, what they say, and one sentence with exit code 2 for mistakes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors.numpy import load_file
@@ -35,6 +38,19 @@ def test_stage_1(folder, tmp_path, capsys):
     assert "--config.models.autoencoder=" in capsys.readouterr().out
     assert main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     assert "lwd encode" in capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "out" / "vae" / WEIGHTS).read_bytes() == (folder / "vae" / WEIGHTS).read_bytes()
+
+
+def test_an_accelerator_is_left_alone(folder, tmp_path):
+    """Another program may have it, as if it were not here; and a model may be more than it holds."""
+    script = f"""
+from lwd_jax.cli import main
+assert main(["import", "--models", {str(folder)!r}, "--workdir", "run", "--stage", "1"]) == 0
+assert main(["export", "--workdir", "run", "--out", "out"]) == 0
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu,cuda"}
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out" / "vae" / WEIGHTS).read_bytes() == (folder / "vae" / WEIGHTS).read_bytes()
 
 
