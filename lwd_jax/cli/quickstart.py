@@ -36,7 +36,7 @@ CONFIGS = Path(lwd_jax.__file__).parent.parent / "configs"
 SAMPLED = 6  # prompts
 COMPARED = 4  # prompts, drawn with a LoRA and with what is read back of it
 WORDS = 11  # of a caption that are read; the text encoder adds one token for the beginning
-STEPS = {"before": 210, "after": 50, "base": 240, "arm": 60}  # training steps of the parts
+STEPS = {"before": 210, "after": 50, "base": 600, "arm": 60}  # training steps of the parts
 FAST_STEPS = 3  # of training and of sampling
 SOURCE = "source.json"  # in the workdir: which photographs it was begun with
 # Of stage 2. FLUX is sampled with the guidance that it was told in training, 1.
@@ -196,7 +196,7 @@ def _backbone_parts(run: Run, photographs: list[Photograph], fast: bool, backbon
     data = _inputs(run, backbone)
     plain = {"matching__mask": "everywhere", "training__preview_every": 0}  # both arms' previews begin with it
     if not fast:  # where it is one of the arms' steps, compiled once
-        plain |= {"optimizer__learning_rate": 1e-3, "training__ema": 0.99}
+        plain |= {"optimizer__learning_rate": 4e-3, "training__ema": 0.99}
     words = _train(2, run.base, base, fast, **plain, **data)
     parts = [Part("stage 2, base: the backbone that both arms fine-tune", words, run.base / FOLDER / str(base))]
     titles = {"plain": "stage 2, plain: every position supervised", "LWD": "stage 2, LWD: the wavelet mask"}
