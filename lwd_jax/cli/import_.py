@@ -23,7 +23,7 @@ def arguments(parser):
 
 
 def run(args):
-    jax.config.update("jax_platforms", "cpu")  # for the same reasons as `lwd export`
+    jax.config.update("jax_platforms", "cpu")  # an accelerator is left alone, as by `lwd export`
     config = import_models(args.models, args.workdir, stage=args.stage, adapter=args.adapter, overwrite=args.overwrite)
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")
