@@ -7,6 +7,7 @@ only; it does not see bit rot, and a full disk shows only when the save is waite
 written into the committed step (MANIFEST) and compared before it is read, and `finish` waits and looks.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -361,21 +362,39 @@ def read_params(
     """
     config = read_config(workdir)
     folder = absolute(locate(workdir)) / FOLDER
+    found, passed = "", set()
+    while new := [step for step in saved_steps(workdir) if step not in passed]:
+        step = new[-1]
+        where, files = folder / str(step), files_in(folder / str(step))
+        passed.add(step)
+        try:
+            wrong = damage(where)
+            with contextlib.closing(_reader(folder)) as manager:
+                params = None if wrong else _read(manager, step, config, ema, shardings, like)
+        except Exception:  # a missing file comes as an error of many kinds
+            if not _removed(where, files):
+                raise
+        # Looked at last of all: in place of a chunk whose index is gone TensorStore may give zeros.
+        if _removed(where, files):
+            log.warning("checkpoint %s of %s was removed while it was read; taking a newer one", step, workdir)
+        elif wrong:
+            found += f" (step {step}: {wrong})"
+            log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
+        else:
+            return params, config, step
+    raise UserError(f"{workdir} has no sound checkpoint{found or ' yet'}.")
+
+
+def _removed(step: Path, files: list[Path]) -> bool:
+    """Whether a step that had these files is going, as the oldest goes when its run has saved another."""
+    return not files or not set(files) <= set(files_in(step))
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(read_only=True)
     # These handlers can leave out what is not asked for; the files are the same.
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("params", "ema")}
-    manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
-    found = ""
-    try:
-        for step in sorted(manager.all_steps(), reverse=True):
-            if wrong := damage(folder / str(step)):
-                found += f" (step {step}: {wrong})"
-                log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
-                continue
-            return _read(manager, step, config, ema, shardings, like), config, step
-    finally:
-        manager.close()
-    raise UserError(f"{workdir} has no sound checkpoint{found or ' yet'}.")
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings, like) -> Any:

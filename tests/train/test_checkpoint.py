@@ -8,6 +8,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from toy_stage import toy_batch, toy_config, toy_stage
 
@@ -16,6 +17,7 @@ from lwd_jax.config import to_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.parallel.rules import path_string
+from lwd_jax.train import checkpoint
 from lwd_jax.train.checkpoint import DAMAGED, MANIFEST, Checkpoints, damage, read_params, saved_steps
 from lwd_jax.train.program import build_program
 from lwd_jax.train.state import eval_params
@@ -227,6 +229,50 @@ def test_read_params_gives_the_average_or_the_plain_ones(saved):
     same(plain, state.params)
     assert np.any(average["blocks"]["q"]["kernel"] != plain["blocks"]["q"]["kernel"])
     assert isinstance(average["blocks"]["q"]["kernel"], jax.Array)
+
+
+@pytest.mark.parametrize("moment", ["judged", "described", "restored", "closed"])
+def test_a_step_that_its_run_removes_meanwhile_is_not_read(tmp_path, monkeypatch, caplog, moment):
+    """A run that keeps one checkpoint saves the next, and removes this one, just before it is judged, ..., closed."""
+    checkpoints, state = Checkpoints(tmp_path, keep=1), after(1)
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    checkpoints.save(state, {}, CONFIG)
+    checkpoints.finish(1)
+    state, _ = program().step(state, toy_batch(1), jax.random.key(1))
+    place, name = {
+        "judged": (checkpoint, "damage"),
+        "described": (ocp.CheckpointManager, "item_metadata"),
+        "restored": (ocp.CheckpointManager, "restore"),
+        "closed": (ocp.CheckpointManager, "close"),
+    }[moment]
+    original, saving = getattr(place, name), iter([True])
+
+    def meanwhile(*args, **kwargs):
+        if next(saving, False):
+            checkpoints.save(state, {}, CONFIG)
+            checkpoints.finish(2)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, meanwhile)
+    with caplog.at_level(logging.WARNING):
+        params, _, step = read_params(tmp_path, ema=False)
+    assert step == 2 and saved_steps(tmp_path) == [2] and "was removed while it was read" in caplog.text
+    assert "damaged" not in caplog.text
+    same(params, state.params)
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+def test_what_cannot_be_read_is_no_removed_step(saved, monkeypatch):
+    """The error is the reader's own, not swallowed."""
+    workdir, _ = saved
+
+    def fails(*args, **kwargs):
+        raise ValueError("of the reader")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fails)
+    with pytest.raises(ValueError, match="of the reader"):
+        read_params(workdir)
 
 
 def test_a_folder_that_is_no_workdir(tmp_path):
