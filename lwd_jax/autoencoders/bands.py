@@ -234,6 +234,17 @@ def _axes(step: Step, x: Array, size: int) -> tuple[tuple[str, ...], tuple[str, 
     return pictures, ("context",) if parts > 1 and even and height // parts >= size else ()
 
 
+def _undivided(x: Array | None) -> Array | None:
+    """x [B H W C], its rows whole on every device of `context`.
+
+    Rows that do not divide and come out of a reshape XLA lays over a part of that axis, and what is left of it holds
+    copies: the gradient of a kernel was then counted once a copy (jax 0.10.2 and 0.12.0: 6 rows over 4 devices).
+    """
+    if x is None:
+        return None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(len(x)), None, None, None))
+
+
 def convolve(
     step: Step,
     x: Array,
@@ -249,6 +260,8 @@ def convolve(
     kernel, or float32, which keeps what the products were summed in.
     """
     pictures, rows = _axes(step, x, len(kernel))
+    settled = _undivided if axis_size("context") > 1 and not rows else lambda x: x
+    x, plus = settled(x), settled(plus)
     elements = math.prod(x.shape[:3]) * max(x.shape[3], kernel.shape[3] // step.stride**2)
     elements //= math.prod(map(axis_size, pictures))
     elsewhere = elements > limits.accelerator and (rows or axis_size("context") == 1)
@@ -263,14 +276,14 @@ def convolve(
         return road(x, kernel, bias, activate, plus, _halo(step, x, activate) if rows else None)
 
     if not (pictures or rows):
-        return own(x, kernel, bias, activate, plus)
+        return settled(own(x, kernel, bias, activate, plus))
     # By hand: left to the compiler, the axis that splits a kernel's channels can split those of the feature maps too,
     # and all of them move.
     every, each = PartitionSpec(), PartitionSpec(pictures or None)
     layout = PartitionSpec(pictures or None, rows or None)
     specs, axes = (layout, every, every, each, layout), {*pictures, *rows}
     split = jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
-    return split(x, kernel, bias, activate, plus)
+    return settled(split(x, kernel, bias, activate, plus))
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:

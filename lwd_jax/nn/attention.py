@@ -31,16 +31,26 @@ def blockwise(q, k, v, real):
 def _cudnn(q, k, v, real):
     """Fused, never keeps an L x L matrix; half precision and head sizes up to 128 in steps of 8 only.
 
+    To train, cuDNN wants even lengths, and a mask as a bias of L x S. Odd lengths are padded instead, keys that are
+    padding are moved behind the others, and it is told how many there are.
+
     The output has no name: the remat policy keeps all that the fused primitive returns, the output among it, and would
     keep a named copy beside it.
     """
-    fits = q.dtype in _HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    # cuDNN takes a mask as a bias, and refuses to train with one where a length is odd.
-    odd = real is not None and (q.shape[1] % 2 or k.shape[1] % 2)
-    if not fits or odd:
+    if q.dtype not in _HALF or q.shape[-1] % 8 or q.shape[-1] > 128:
         return blockwise(q, k, v, real)
-    mask = None if real is None else real[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    (rows, queries), keys, lengths = q.shape[:2], k.shape[1], {}
+    if real is not None or queries % 2 or keys % 2:
+        found = jnp.full(rows, keys) if real is None else real.sum(1)
+        lengths = {
+            "query_seq_lengths": jnp.full(rows, queries, jnp.int32),
+            "key_value_seq_lengths": found.astype(jnp.int32),
+        }
+    if real is not None:
+        order = jnp.argsort(~real, axis=1, stable=True)[..., None, None]
+        k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
 
 
 def splash(q, k, v, real):

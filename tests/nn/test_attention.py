@@ -1,5 +1,7 @@
 """Laws of attention: it is softmax(q k^T / sqrt(d)) v, accumulated in float32, and one table says what computes it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,16 +88,58 @@ def test_which_kernel_a_gpu_runs(chosen, dtype, head, fused):
     assert chosen == ["cudnn" if fused else "blocks", "blocks"]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "masked", "fused"),
-    [((4, 6), True, True), ((3, 6), True, False), ((4, 5), True, False), ((3, 5), False, True)],
-)
-def test_a_mask_over_odd_lengths_is_not_for_cudnn(chosen, lengths, masked, fused):
-    """It would raise as soon as a gradient is taken."""
-    q, k = (np.zeros((1, length, 1, 64), jnp.bfloat16) for length in lengths)
+LENGTHS = [(4, 6), (3, 6), (4, 5), (3, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_what_is_asked_of_cudnn_is_the_same_attention(monkeypatch, lengths, masked):
+    """Of any length, the padding anywhere among the keys, gradients too. XLA answers in its place, in float32."""
+    asked, original = [], jax.nn.dot_product_attention
+
+    def answer(*arguments, implementation, **more):
+        asked.append(implementation)
+        return original(*arguments, implementation="xla", **more)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    monkeypatch.setattr(room, "_HALF", (jnp.dtype(jnp.float32),))
+    q, weights = (draw(2, lengths[0], 3, 8, seed=seed) for seed in (0, 3))
+    k, v = (draw(2, lengths[1], 3, 8, seed=seed) for seed in (1, 2))
+    real = np.random.default_rng(4).permuted(np.arange(lengths[1]) < np.array([2, 4])[:, None], axis=1)
+    real = jnp.asarray(real) if masked else None
+
+    def of(kernel):
+        return jax.vjp(lambda q, k, v: kernel(q, k, v, real), q, k, v)
+
+    (found, back), (wanted, back_wanted) = of(room._cudnn), of(room.blockwise)
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    for ours, theirs in zip(back(weights), back_wanted(weights), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+    assert asked == ["cudnn"]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """JAX's own checks of what cuDNN takes, without the library and the chip."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lengths", [*LENGTHS, (4429, 4429)])  # SD3's at 1024 px
+def test_cudnn_takes_it_and_trains(as_on_a_gpu, lengths, masked):
+    q, k = (jax.ShapeDtypeStruct((2, length, 3, 64), jnp.bfloat16) for length in lengths)
+    real = jnp.ones((2, lengths[1]), bool) if masked else None
+
+    def loss(q, k, v):
+        return attention(q, k, v, real=real).astype(jnp.float32).sum()
+
     with for_platform("gpu"):
-        attention(q, k, k, real=np.ones((1, lengths[1]), bool) if masked else None)
-    assert chosen == ["cudnn" if fused else "blocks"]
+        found = traced(jax.grad(loss, (0, 1, 2)), q, k, k)
+    assert "dot_product_attention_fwd" in str(found) and "dot_product_attention_bwd" in str(found)
+    assert max(math.prod(shape) for shape in shapes(found)) <= 2 * (max(lengths) + 1) * 3 * 64
 
 
 def kept_for_backward(platform, dtype):
@@ -107,12 +151,8 @@ def kept_for_backward(platform, dtype):
     return sorted(leaf.shape for leaf in jax.tree.leaves(backward))
 
 
-def test_remat_keeps_the_output_once(monkeypatch):
+def test_remat_keeps_the_output_once(as_on_a_gpu):
     """And the log-sum-exp, each once; with cuDNN traced as on a GPU."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
     arguments = [(1, 4, 2, 64)] * 2
     assert kept_for_backward("cpu", jnp.bfloat16) == sorted(arguments + [(1, 2, 4, 64), (1, 2, 4, 1)])
     assert kept_for_backward("gpu", jnp.bfloat16) == sorted(arguments + [(1, 4, 2, 64), (1, 2, 4)])
