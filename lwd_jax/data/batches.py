@@ -196,6 +196,19 @@ def _without_held_out(bucket_of: np.ndarray, sha256: np.ndarray, count: int) -> 
     return kept
 
 
+def _tell_of_small(stream: Order) -> None:
+    """Of sizes that few latents have. Stage 1 lets such buckets join a neighbour; a latent's size is as it is."""
+    size, counts = stream.batch_size, np.array([len(members) for members in stream.members])
+    small = counts[counts < size]
+    if len(counts) == 1 or not len(small):
+        return
+    _LOG.warning(
+        "%d of %d latents are of %d sizes that fewer than data.batch_size = %d have. A batch has one size, so they are "
+        "seen more often than the others, up to %d times an epoch; lwd encode --smallest-bucket %d avoids that.",
+        small.sum(), counts.sum(), len(small), size, -(-size // small.min()), size,
+    )  # fmt: skip
+
+
 ALONE = np.zeros((1, 1), int)  # one process that reads everything
 
 
@@ -238,6 +251,8 @@ def make_batches(
         found, bucket_of = np.unique(latents.sizes, axis=0, return_inverse=True)
         bucket_of = _without_held_out(bucket_of.reshape(-1), latents.sha256, config.data.held_out)
         stream = Order(bucket_of, config.data.batch_size, config.seed)
+        if process_index == 0:
+            _tell_of_small(stream)
         example = Encoded(latents, config, stream)
         shapes = [tuple(map(int, found[bucket])) for bucket in np.unique(bucket_of[bucket_of >= 0])]
         identity = latents.metadata["content"]

@@ -1,8 +1,11 @@
 """Laws of the batches: one stream for any workers, hosts and restarts; every picture seen; bad pictures replaced."""
 
+import collections
 import dataclasses
 import hashlib
 import json
+import logging
+import re
 
 import numpy as np
 import pytest
@@ -61,6 +64,23 @@ def same(one, two):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype and (a[name] == b[name]).all()
+
+
+@pytest.mark.parametrize("batch_size, told", [(16, True), (2, False)])
+def test_sizes_that_few_latents_have_are_told_of(folder, caplog, batch_size, told):
+    """With how often an epoch shows one of them at most, which is counted here."""
+    with caplog.at_level(logging.WARNING):
+        got = make_batches(config_of(folder, 2, batch_size=batch_size))
+    words = re.search(r"(\d+) of (\d+) latents are of (\d+) sizes .* up to (\d+) times an epoch", caplog.text)
+    assert bool(words) == told
+    if told:
+        shown = collections.Counter(
+            (batch["mean"].shape, float(level))
+            for batch in take(got, got.batches_per_epoch)
+            for level in batch["std"].max((1, 2, 3))
+        )
+        sizes = {size for size, _ in shown}
+        assert list(map(int, words.groups())) == [COUNT - 3, COUNT - 3, len(sizes), max(shown.values())]
 
 
 def test_stage_1_batches(folder):

@@ -146,6 +146,15 @@ def test_average_has_its_closed_form():
     assert largest_difference(expected, eval_params(state)) < 1e-6
 
 
+def test_average_of_what_stays_is_what_stays():
+    """Bit for bit: in float32 .9998 and 1 - .9998 add up to more than 1, and an average by them grows."""
+    program = one_device(toy_config(training={"ema": 0.9998}, optimizer={"learning_rate": 1e-30}))
+    state = program.init(jax.random.key(0))
+    start = jax.device_get(state.params)
+    state, _ = take(program, 40, state=state)
+    assert largest_difference(start, state.params) == largest_difference(start, state.ema) == 0
+
+
 def test_average_of_schedule_free_is_its_own():
     program = one_device(toy_config(optimizer={"name": "schedule_free_adamw"}))
     state, _ = take(program, 3)
