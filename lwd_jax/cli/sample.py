@@ -58,7 +58,10 @@ def _prompts(args) -> tuple[str, ...]:
     if args.prompt_file:
         if not locate(args.prompt_file).is_file():
             raise UserError(f"There is no file '{args.prompt_file}'.")
-        lines = locate(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = locate(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{args.prompt_file}' is not UTF-8 text: {error}.") from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("There is nothing to draw: give --prompt or --prompt-file.")

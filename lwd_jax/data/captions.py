@@ -55,7 +55,7 @@ def _metadata(root: Path) -> dict[Path, tuple[str, ...]]:
     """Captions of every metadata.jsonl under `root`; file names are relative to the metadata's folder."""
     found = {}
     for path in (path for path in files_in(root) if path.name == METADATA):
-        for number, line in enumerate(_read(path).splitlines(), start=1):
+        for number, line in enumerate(_read(path).split("\n"), start=1):
             if line.strip():
                 where = f"'{path}', line {number},"
                 value = _parse(line, where)

@@ -128,7 +128,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(image)
     if image.mode in ("P", "PA", "1") or "transparency" in image.info:
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-    alpha = image.getchannel("A") if "A" in image.getbands() else None
+    alpha = image.getchannel("A") if "A" in image.getbands() and image.mode != "LAB" else None
     if alpha is not None:
         image = image.convert("RGBA" if image.mode in ("RGBa", "La") else image.mode)
         image = image.convert("L" if image.mode == "LA" else "RGB")

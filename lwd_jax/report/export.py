@@ -17,7 +17,7 @@ from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import class_of, extend_backbone, save_backbone, weights_of
 from lwd_jax.config import Adapter, Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
-from lwd_jax.files import locate
+from lwd_jax.files import is_empty, locate
 from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import (
     DYNAMIC_SHIFT,
@@ -33,7 +33,7 @@ from lwd_jax.report.pipeline import (
 from lwd_jax.report.staging import staged
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
-from lwd_jax.train.checkpoint import Checkpoints
+from lwd_jax.train.checkpoint import Checkpoints, is_workdir, saved_steps
 from lwd_jax.train.models import BACKBONE, MODEL_FILE, TRAINED, Kind, Opened, describe, open_model, read_description
 from lwd_jax.train.state import State
 from lwd_jax.weights.folder import fingerprint
@@ -210,6 +210,16 @@ def _read_adapters(kind: Kind, opened: Opened, file: str) -> tuple[dict, Adapter
     return jax.tree.map(jnp.asarray, factors), settings_of(factors)
 
 
+def _check_earlier_import(workdir: str | os.PathLike) -> None:
+    """Refuses to overwrite anything else than an import: a run that has trained, or the weights that are read."""
+    if not locate(workdir).is_dir() or is_empty(locate(workdir)):
+        return
+    trained = max(saved_steps(workdir), default=0)
+    if not is_workdir(workdir) or trained:
+        what = f"a run has trained there to step {trained}" if trained else "it is no earlier import"
+        raise UserError(f"{workdir} is not overwritten: {what}.")
+
+
 def import_models(
     folder: str | os.PathLike,
     workdir: str | os.PathLike,
@@ -226,7 +236,7 @@ def import_models(
       stage: 1 takes the autoencoder, 2 the backbone (the autoencoder stays where it is); 0 = 2 if there is a backbone.
       adapter: a file of adapters over the backbone, in diffusers' layout: they are what the checkpoint holds, and the
         folder stays where it is as their base. "" = none.
-      overwrite: replace an earlier workdir.
+      overwrite: replace an earlier import; a run that has trained is never replaced.
 
     Returns:
       The config of the workdir.
@@ -258,6 +268,8 @@ def import_models(
         training=Training(ema=0.0),
         **settings,
     )
+    if overwrite:
+        _check_earlier_import(workdir)
     with staged(workdir, overwrite, "config.json") as target:
         zero = jnp.zeros((), jnp.int32)
         checkpoints = Checkpoints(target, keep=1)

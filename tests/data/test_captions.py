@@ -68,3 +68,11 @@ def test_broken_caption_files_are_named(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words) as caught:
         find_captions(tmp_path, [tmp_path / "p.png"])
     assert name in str(caught.value)
+
+
+def test_a_line_of_json_may_hold_what_python_takes_for_a_line_end(tmp_path):
+    text = "one\u2028two\u0085three"
+    line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"{line}\r\n".encode())
+    picture = tmp_path / "a.png"
+    assert [found[0].split() for found in find_captions(tmp_path, [picture])] == [text.split()]

@@ -201,3 +201,14 @@ def test_pixels_as_models_take_them():
     assert (host.min(), host.max()) == (-1, 1) and abs(host.mean(dtype=np.float64)) < 1e-7
     np.testing.assert_allclose(host, device, rtol=0, atol=2e-7)
     np.testing.assert_array_equal(to_uint8(host), values)
+
+
+def test_lab_has_no_transparency():
+    """Its channel is called A."""
+    grey = ImageCms.profileToProfile(
+        Image.new("RGB", (4, 4), (90, 90, 90)),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    np.testing.assert_allclose(np.asarray(pictures._to_rgb(grey)), 90, atol=2)

@@ -22,6 +22,7 @@ from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.report.export import export, import_models
 from lwd_jax.report.pipeline import TEXT_PARTS, open_models, text_encoder
 from lwd_jax.report.samples import Request, encode_prompts, sample_pictures
+from lwd_jax.train.checkpoint import saved_steps
 from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.table import flat
 
@@ -291,6 +292,23 @@ def test_a_taken_folder_is_refused_and_only_an_export_is_replaced(runs, tmp_path
     with pytest.raises(UserError, match="is not overwritten"):
         export(runs[0], home, overwrite=True)
     assert (home / "letter.txt").read_text() == "dear"
+
+
+def test_an_import_replaces_nothing_but_an_import(runs, tmp_path):
+    """Neither a run that has trained, nor the weights that it reads."""
+    out, imported = tmp_path / "out", tmp_path / "imported"
+    export(runs[0], out)
+    before = digest(out / "vae" / WEIGHTS), saved_steps(runs[0])
+    for _ in range(2):
+        import_models(out, imported, stage=1, overwrite=True)
+    for taken, words in (
+        (runs[0], "has trained there to step"),
+        (out, "no earlier import"),
+        (out / "vae", "no earlier"),
+    ):
+        with pytest.raises(UserError, match=words):
+            import_models(out, taken, stage=1, overwrite=True)
+    assert (digest(out / "vae" / WEIGHTS), saved_steps(runs[0])) == before
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
