@@ -19,7 +19,7 @@ def arguments(parser):
     parser.add_argument(
         "--adapter", default="", help="file of adapters over the backbone, as diffusers and PEFT save it"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier workdir")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier import")
 
 
 def run(args):
