@@ -36,6 +36,18 @@ def no_duplicates(pairs: list[tuple]) -> dict:
     return result
 
 
+def read_text(path: Path) -> str:
+    """What a text file holds, a byte order mark left out; lines end with "\\n" alone.
+
+    Raises:
+      UserError: it is not UTF-8; with the file's name.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The file '{path}' is not UTF-8 text.") from error
+
+
 def read_json(path: Path):
     """What a JSON file holds.
 

@@ -275,15 +275,14 @@ def convolve(
     def own(x, kernel, bias, activate, plus):
         return road(x, kernel, bias, activate, plus, _halo(step, x, activate) if rows else None)
 
-    if not (pictures or rows):
-        return settled(own(x, kernel, bias, activate, plus))
-    # By hand: left to the compiler, the axis that splits a kernel's channels can split those of the feature maps too,
-    # and all of them move.
-    every, each = PartitionSpec(), PartitionSpec(pictures or None)
-    layout = PartitionSpec(pictures or None, rows or None)
-    specs, axes = (layout, every, every, each, layout), {*pictures, *rows}
-    split = jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
-    return settled(split(x, kernel, bias, activate, plus))
+    if pictures or rows:
+        # By hand: left to the compiler, the axis that splits a kernel's channels can split those of the feature maps
+        # too, and all of them move.
+        every, each = PartitionSpec(), PartitionSpec(pictures or None)
+        layout = PartitionSpec(pictures or None, rows or None)
+        specs, axes = (layout, every, every, each, layout), {*pictures, *rows}
+        own = jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
+    return settled(own(x, kernel, bias, activate, plus))
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:

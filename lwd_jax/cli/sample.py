@@ -12,7 +12,7 @@ import jax
 from lwd_jax.cli.mesh_flag import open_mesh
 from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError, choose, read_text
 from lwd_jax.files import locate
 from lwd_jax.report.pipeline import text_encoder
 from lwd_jax.report.samples import INDEX, Request, encode_prompts, read_noise, sample_pictures, write_samples
@@ -58,10 +58,7 @@ def _prompts(args) -> tuple[str, ...]:
     if args.prompt_file:
         if not locate(args.prompt_file).is_file():
             raise UserError(f"There is no file '{args.prompt_file}'.")
-        try:
-            lines = locate(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{args.prompt_file}' is not UTF-8 text: {error}.") from error
+        lines = read_text(locate(args.prompt_file)).split("\n")
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError("There is nothing to draw: give --prompt or --prompt-file.")

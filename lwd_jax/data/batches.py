@@ -204,7 +204,7 @@ def _tell_of_small(stream: Order) -> None:
         return
     _LOG.warning(
         "%d of %d latents are of %d sizes that fewer than data.batch_size = %d have. A batch has one size, so they are "
-        "seen more often than the others, up to %d times an epoch; lwd encode --smallest-bucket %d avoids that.",
+        "seen more often than others, up to %d times an epoch; lwd encode --smallest-bucket %d lets them join others.",
         small.sum(), counts.sum(), len(small), size, -(-size // small.min()), size,
     )  # fmt: skip
 

@@ -4,19 +4,12 @@ import json
 
 from etils.epath import Path
 
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, read_text
 from lwd_jax.files import files_in
 
 SOURCES = ("auto", "txt", "json", "metadata")
 FIELDS = ("captions", "caption", "text", "prompt")  # of JSON; the first that is there counts
 METADATA = "metadata.jsonl"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"The caption file '{path}' is not UTF-8 text.") from error
 
 
 def _parse(text: str, where: str) -> dict:
@@ -43,19 +36,19 @@ def _from_txt(picture: Path) -> tuple[str, ...]:
     path = picture.with_suffix(".txt")
     if not path.is_file():
         return ()
-    return tuple(" ".join(line.split()) for line in _read(path).splitlines() if line.strip())
+    return tuple(" ".join(line.split()) for line in read_text(path).split("\n") if line.strip())
 
 
 def _from_json(picture: Path) -> tuple[str, ...]:
     path = picture.with_suffix(".json")
-    return _captions(_parse(_read(path), f"'{path}'"), f"'{path}'") if path.is_file() else ()
+    return _captions(_parse(read_text(path), f"'{path}'"), f"'{path}'") if path.is_file() else ()
 
 
 def _metadata(root: Path) -> dict[Path, tuple[str, ...]]:
     """Captions of every metadata.jsonl under `root`; file names are relative to the metadata's folder."""
     found = {}
     for path in (path for path in files_in(root) if path.name == METADATA):
-        for number, line in enumerate(_read(path).split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
                 where = f"'{path}', line {number},"
                 value = _parse(line, where)

@@ -128,9 +128,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(image)
     if image.mode in ("P", "PA", "1") or "transparency" in image.info:
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
-    alpha = image.getchannel("A") if "A" in image.getbands() and image.mode != "LAB" else None
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     if alpha is not None:
-        image = image.convert("RGBA" if image.mode in ("RGBa", "La") else image.mode)
         image = image.convert("L" if image.mode == "LA" else "RGB")
     image = _to_srgb(image, profile)
     if alpha is not None:

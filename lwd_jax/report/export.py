@@ -17,7 +17,7 @@ from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import class_of, extend_backbone, save_backbone, weights_of
 from lwd_jax.config import Adapter, Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
-from lwd_jax.files import is_empty, locate
+from lwd_jax.files import locate
 from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import (
     DYNAMIC_SHIFT,
@@ -30,10 +30,11 @@ from lwd_jax.report.pipeline import (
     WorkdirModels,
     open_models,
 )
-from lwd_jax.report.staging import staged
+from lwd_jax.report.staging import check_free, staged
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
-from lwd_jax.train.checkpoint import Checkpoints, is_workdir, saved_steps
+from lwd_jax.train.checkpoint import FOLDER, Checkpoints
+from lwd_jax.train.checkpoint import MANIFEST as SEAL
 from lwd_jax.train.models import BACKBONE, MODEL_FILE, TRAINED, Kind, Opened, describe, open_model, read_description
 from lwd_jax.train.state import State
 from lwd_jax.weights.folder import fingerprint
@@ -41,6 +42,7 @@ from lwd_jax.weights.model import Model
 
 INDEX = "model_index.json"
 DIFFUSERS_VERSION = "0.35.0"  # the release whose fields the files below have
+IMPORTED = f"{FOLDER}/0/{SEAL}"  # what an import has and no run: a run saves after its first step
 DTYPES = ("float32", "bfloat16", "float16")
 # What comes of a run of adapters: a pipeline with them in its weights, or a file of them alone.
 FORMS = {"merged": None, "adapter": (FILE, as_peft), "kohya": (KOHYA_FILE, as_kohya)}
@@ -210,16 +212,6 @@ def _read_adapters(kind: Kind, opened: Opened, file: str) -> tuple[dict, Adapter
     return jax.tree.map(jnp.asarray, factors), settings_of(factors)
 
 
-def _check_earlier_import(workdir: str | os.PathLike) -> None:
-    """Refuses to overwrite anything else than an import: a run that has trained, or the weights that are read."""
-    if not locate(workdir).is_dir() or is_empty(locate(workdir)):
-        return
-    trained = max(saved_steps(workdir), default=0)
-    if not is_workdir(workdir) or trained:
-        what = f"a run has trained there to step {trained}" if trained else "it is no earlier import"
-        raise UserError(f"{workdir} is not overwritten: {what}.")
-
-
 def import_models(
     folder: str | os.PathLike,
     workdir: str | os.PathLike,
@@ -244,6 +236,7 @@ def import_models(
     Raises:
       UserError: no such folder or file, missing, extra or misshaped weights, `workdir` is taken.
     """
+    check_free(workdir, overwrite, IMPORTED)
     source = open_models(folder)
     if not isinstance(source, FolderModels):
         raise UserError(f"{folder} is a workdir already; lwd import takes a diffusers folder.")
@@ -268,8 +261,6 @@ def import_models(
         training=Training(ema=0.0),
         **settings,
     )
-    if overwrite:
-        _check_earlier_import(workdir)
     with staged(workdir, overwrite, "config.json") as target:
         zero = jnp.zeros((), jnp.int32)
         checkpoints = Checkpoints(target, keep=1)

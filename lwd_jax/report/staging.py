@@ -28,7 +28,7 @@ def check_free(folder: str | os.PathLike, overwrite: bool, marker: str) -> None:
     if not overwrite:
         raise UserError(f"{folder} exists and is not empty; name a new folder or add --overwrite.")
     if not (folder / marker).is_file():
-        raise UserError(f"{folder} is not overwritten: it has no {marker}, so it is not the result of an earlier run.")
+        raise UserError(f"{folder} is not overwritten: it has no {marker}, so it is no earlier result of this command.")
 
 
 @contextlib.contextmanager

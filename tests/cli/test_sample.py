@@ -27,7 +27,7 @@ def sample(*arguments):
 
 def test_pictures_carry_what_made_them(run, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("eine Straße\n\n")
+    prompts.write_text("eine Straße\n\n", encoding="utf-8-sig")  # with a byte order mark
     out = tmp_path / "out"
     options = ("--prompt", "a cat", "--prompt-file", prompts, "--negative", "fog", "--resolution", "80x48", "--seed", 3)
     assert sample("--models", run, *options, "--count", 2, "--batch", 2, "--shift", 1.5, "--out", out) == 0
@@ -113,6 +113,12 @@ def test_mistakes(run, tmp_path, capsys, change, sentence):
     said = capsys.readouterr().err
     assert sentence in said and len(said.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_file_of_another_encoding_is_named(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("eine Straße".encode("latin-1"))
+    assert sample("--models", run, "--prompt-file", tmp_path / "prompts.txt", "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"lwd: The file '{tmp_path}/prompts.txt' is not UTF-8 text.\n"
 
 
 def test_latents_that_do_not_fit_are_named(run, tmp_path, capsys):

@@ -70,6 +70,12 @@ def test_broken_caption_files_are_named(tmp_path, name, content, words):
     assert name in str(caught.value)
 
 
+def test_a_line_of_text_may_hold_it_too(tmp_path):
+    """Windows' and old Macintoshes' line ends are line ends."""
+    (tmp_path / "a.txt").write_bytes("one\u2028two\r\nthree\rfour\n".encode())
+    assert find_captions(tmp_path, [tmp_path / "a.png"]) == [("one two", "three", "four")]
+
+
 def test_a_line_of_json_may_hold_what_python_takes_for_a_line_end(tmp_path):
     text = "one\u2028two\u0085three"
     line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)

@@ -301,12 +301,8 @@ def test_an_import_replaces_nothing_but_an_import(runs, tmp_path):
     before = digest(out / "vae" / WEIGHTS), saved_steps(runs[0])
     for _ in range(2):
         import_models(out, imported, stage=1, overwrite=True)
-    for taken, words in (
-        (runs[0], "has trained there to step"),
-        (out, "no earlier import"),
-        (out / "vae", "no earlier"),
-    ):
-        with pytest.raises(UserError, match=words):
+    for taken in (runs[0], out, out / "vae"):
+        with pytest.raises(UserError, match="is not overwritten: it has no checkpoints/0/"):
             import_models(out, taken, stage=1, overwrite=True)
     assert (digest(out / "vae" / WEIGHTS), saved_steps(runs[0])) == before
 
