@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from lwd_jax.files import absolute, checksums, files_in, locate, write_whole
 from lwd_jax.parallel.rules import path_string
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
+from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.table import flat, nested
 
 MANIFEST = "manifest.json"
@@ -360,6 +362,54 @@ def read_params(
     Raises:
       UserError: not a workdir, or no sound checkpoint.
     """
+
+    def read(manager, step, config):
+        stored, sources = _stored(manager, step, config, ema)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = flat(shardings(nested(stored)) if shardings else dict.fromkeys(stored, here))
+        wanted = stored if like is None else flat(like)
+        found = {}
+        for item, paths in sources.items():
+            leaves = {
+                path: jax.ShapeDtypeStruct(stored[path].shape, wanted[path].dtype, sharding=places[path])
+                for path in paths
+            }
+            found |= _restored(manager, step, item, leaves)
+        return nested(found)
+
+    return _of_newest(workdir, read)
+
+
+class _OnDisk(NamedTuple):
+    """A parameter of a checkpoint; np.asarray reads it to the host."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.read(), dtype)
+
+
+def params_fingerprint(workdir: str | os.PathLike, ema: bool = True) -> str:
+    """The fingerprint (weights.folder) of what `read_params` gives; one parameter at a time is read, on the host.
+
+    Raises:
+      UserError: see `read_params`.
+    """
+
+    def read(manager, step, config):
+        stored, sources = _stored(manager, step, config, ema)
+
+        def leaf(item, path):
+            return _OnDisk(stored[path].shape, lambda: _restored(manager, step, item, {path: stored[path]})[path])
+
+        return fingerprint(nested({path: leaf(item, path) for item, paths in sources.items() for path in paths}))
+
+    return _of_newest(workdir, read)[0]
+
+
+def _of_newest(workdir: str | os.PathLike, read: Callable) -> tuple[Any, configs.Config, int]:
+    """`read(manager, step, config)` of a run's newest sound checkpoint, the run's config, and the step."""
     config = read_config(workdir)
     folder = absolute(locate(workdir)) / FOLDER
     found, passed = "", set()
@@ -370,7 +420,7 @@ def read_params(
         try:
             wrong = damage(where)
             with contextlib.closing(_reader(folder)) as manager:
-                params = None if wrong else _read(manager, step, config, ema, shardings, like)
+                result = None if wrong else read(manager, step, config)
         except Exception:  # a missing file comes as an error of many kinds
             if not _removed(where, files):
                 raise
@@ -381,7 +431,7 @@ def read_params(
             found += f" (step {step}: {wrong})"
             log.warning("checkpoint %s of %s is damaged (%s); using the one before", step, workdir, wrong)
         else:
-            return params, config, step
+            return result, config, step
     raise UserError(f"{workdir} has no sound checkpoint{found or ' yet'}.")
 
 
@@ -397,24 +447,22 @@ def _reader(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
-def _read(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool, shardings, like) -> Any:
-    """Every parameter once, from the average where it has one, in the dtype it is wanted in."""
+def _stored(manager: ocp.CheckpointManager, step: int, config: configs.Config, ema: bool) -> tuple[dict, dict]:
+    """Shapes and dtypes of the parameters by path, and which of them to read from which item: (leaves, item -> paths).
+    Every parameter once, from the average where it has one."""
     averaged = keeps_average(config) and (ema or config.optimizer.name == "schedule_free_adamw")
-    stored = manager.item_metadata(step)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stored.params.tree)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = flat(shardings(abstract) if shardings else jax.tree.map(lambda _: here, abstract))
-    shapes, wanted = flat(abstract), flat(abstract if like is None else like)
+    items = manager.item_metadata(step)
+    leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat(items.params.tree).items()}
+    average = flat(items.ema.tree).keys() if averaged else set()
+    sources = {"params": sorted(leaves.keys() - average), "ema": sorted(average)}
+    return leaves, {item: paths for item, paths in sources.items() if paths}
 
-    def restore(paths):
-        tree = nested(
-            {p: jax.ShapeDtypeStruct(shapes[p].shape, wanted[p].dtype, sharding=places[p]) for p in sorted(paths)}
-        )
-        how = ocp.checkpoint_utils.construct_restore_args(tree)
-        return ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
 
-    average = flat(stored.ema.tree).keys() if averaged else set()
-    sources = {"params": shapes.keys() - average, "ema": average}
-    items = {name: restore(paths) for name, paths in sources.items() if paths}
-    found = manager.restore(step, args=ocp.args.Composite(**items))
-    return nested({path: leaf for name in items for path, leaf in flat(found[name]).items()})
+def _restored(manager: ocp.CheckpointManager, step: int, item: str, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of one item of a step in the dtypes and layouts of the given ones; without a layout on the host."""
+    tree = nested(leaves)
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
+    if any(leaf.sharding is None for leaf in leaves.values()):
+        how = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), tree)
+    wanted = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+    return flat(manager.restore(step, args=ocp.args.Composite(**{item: wanted}))[item])

@@ -23,7 +23,7 @@ from lwd_jax.autoencoders import AUTOENCODERS
 from lwd_jax.backbones import BACKBONES
 from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.files import locate
-from lwd_jax.train.checkpoint import is_workdir, read_config, read_params
+from lwd_jax.train.checkpoint import is_workdir, params_fingerprint, read_config, read_params
 from lwd_jax.train.state import merge
 from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.model import Model, abstract_params, find, init_params, load, unread
@@ -59,9 +59,11 @@ class Opened(NamedTuple):
     Attributes:
       model: the row of the table.
       module: with config, dtype, param_dtype and remat set.
-      params: `params(shardings=None)` reads them (a function from the abstract tree to layouts); None = random ones are
-        meant. Those of a run of adapters come with the adapters beside the kernels of their base.
-      fingerprint: () -> that of their float32 values, which are read once more for it; None where params is.
+      params: `params(shardings=None, like=None)` reads them: a function from the abstract tree to layouts, and a tree
+        with these parameters in whose dtypes they are read (None = the module's). Those of a run of adapters come with
+        the adapters beside the kernels of their base. None = random ones are meant.
+      fingerprint: () -> that of their float32 values, which are read once more for it, one at a time on the host; None
+        where params is.
       adapters: the config of the adapters among them, the first of a chain of runs first.
     """
 
@@ -154,15 +156,12 @@ def _from_adapters(kind: Kind, path: str, described: dict, ema: bool, other_base
         raise UserError(f"The base of the adapters of '{path}', '{named}', is gone; name it with --base.")
     base = open_model(kind, named, "", ema=config.models.ema, **build)
 
-    def factors(shardings=None):
-        return read_params(path, ema, shardings=shardings)[0]
-
-    def params(shardings=None):
+    def params(shardings=None, like=None):
         _check_base(path, described, named, base.fingerprint())
-        return merge(frozen(base.params(shardings)), factors(shardings))
+        return merge(frozen(base.params(shardings, like)), read_params(path, ema, shardings=shardings)[0])
 
     def both() -> str:
-        return hashlib.sha256(f"{base.fingerprint()} {fingerprint(factors())}".encode()).hexdigest()
+        return hashlib.sha256(f"{base.fingerprint()} {params_fingerprint(path, ema)}".encode()).hexdigest()
 
     # The sizes are the base's, but the positions are those that the run was trained with.
     module = base.module.clone(config=base.model.from_foreign(described["model"]))
@@ -181,19 +180,19 @@ def _from_workdir(kind: Kind, path: str, ema: bool, other_base: str, build: dict
     model = choose(kind.models, described["model"]["_class_name"], "model class")
     module = model.build(model.from_foreign(described["model"]), **build)
 
-    def params(shardings=None):
+    def params(shardings=None, like=None):
         # In the dtypes of the model, which are not all param_dtype: the position table stays float32.
-        wanted = abstract_params(model, module.config, module.param_dtype)
+        wanted = abstract_params(model, module.config, module.param_dtype) if like is None else like
         return read_params(path, ema, shardings=shardings, like=wanted)[0]
 
-    return Opened(model, module, params, lambda: fingerprint(read_params(path, ema)[0]))
+    return Opened(model, module, params, lambda: params_fingerprint(path, ema))
 
 
 def _from_folder(kind: Kind, path: str, build: dict) -> Opened:
     model, sizes, _ = find(kind.models, path, kind.subfolder)
 
-    def params(shardings=None):
-        return load(kind.models, path, subfolder=kind.subfolder, shardings=shardings, **build)[1]
+    def params(shardings=None, like=None):
+        return load(kind.models, path, subfolder=kind.subfolder, shardings=shardings, like=like, **build)[1]
 
     def print_of() -> str:
         return fingerprint(unread(kind.models, path, subfolder=kind.subfolder))

@@ -129,13 +129,14 @@ def check_objective(config: Config, latent_channels: int, factor: int, shapes: l
         jax.eval_shape({1: stage1, 2: stage2}[config.stage], picture, key)
 
 
-def _reader(config: Config, opened: Opened, mesh: Mesh) -> Callable[[], Any] | None:
-    """What reads the parameters to start from onto the mesh: under new adapters those of earlier runs stay beside their
-    kernels, otherwise they are merged into them. None = random parameters."""
+def _reader(config: Config, opened: Opened, program: Program, mesh: Mesh) -> Callable[[], Any] | None:
+    """What reads the parameters to start from onto the mesh, in the dtypes of the state: what trains is not rounded to
+    param_dtype. Under new adapters those of earlier runs stay beside their kernels, otherwise they are merged into
+    them. None = random parameters."""
     if opened.params is None:
         return None
     simplify = merged if config.adapter.kind == "none" else frozen
-    return lambda: simplify(opened.params(functools.partial(param_shardings, mesh=mesh)))
+    return lambda: simplify(opened.params(functools.partial(param_shardings, mesh=mesh), program.state.params))
 
 
 def make_setup(config: Config, devices=None) -> Setup:
@@ -163,4 +164,4 @@ def make_setup(config: Config, devices=None) -> Setup:
     latent = opened.module.config if config.stage == 1 else sizes
     check_objective(config, latent.latent_channels, latent.factor, batches.shapes)
     description = describe(TRAINED[config.stage], opened, extra)
-    return Setup(mesh, program, opened, autoencoder, _reader(config, opened, mesh), batches, description)
+    return Setup(mesh, program, opened, autoencoder, _reader(config, opened, program, mesh), batches, description)

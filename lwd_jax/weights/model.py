@@ -14,7 +14,7 @@ from lwd_jax.errors import UserError, did_you_mean
 from lwd_jax.files import on_disk
 from lwd_jax.weights.draws import draws
 from lwd_jax.weights.folder import Tensors, is_file, read_config, write_folder
-from lwd_jax.weights.table import read, unread_params, write
+from lwd_jax.weights.table import flat, nested, read, unread_params, write
 
 _INIT_RESOLUTION = 64  # px; parameter shapes do not depend on it
 
@@ -134,6 +134,7 @@ def load(
     param_dtype=jnp.float32,
     remat: str = "none",
     shardings=None,
+    like=None,
 ) -> tuple[nn.Module, Any]:
     """Reads a diffusers folder, or a file in a model's original layout, parameter by parameter.
 
@@ -144,6 +145,7 @@ def load(
       param_dtype: of the parameters.
       remat: the module's remat policy.
       shardings: a tree like the parameters, or a function from the abstract parameters to one; None = default device.
+      like: a tree with these parameters (and others perhaps), in whose dtypes they are read; None = param_dtype.
 
     Returns:
       (module, params).
@@ -154,6 +156,11 @@ def load(
     model, config, tensors = find(models, folder, subfolder)
     module = model.build(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
     abstract = abstract_params(model, config, param_dtype)
+    if like is not None:
+        kinds = flat(like)
+        abstract = nested(
+            {path: jax.ShapeDtypeStruct(leaf.shape, kinds[path].dtype) for path, leaf in flat(abstract).items()}
+        )
     places = shardings(abstract) if callable(shardings) else shardings
     try:
         return module, read(model.rows(config), tensors(), abstract, shardings=places)

@@ -100,6 +100,28 @@ def test_only_the_factors_train_over_a_base_in_bfloat16(root):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == abstract
 
 
+@pytest.mark.parametrize("start", ["folder", "run", "adapters"])
+def test_what_trains_begins_unrounded_beside_what_is_frozen_in_bfloat16(root, trained, tmp_path, start):
+    if start == "run":
+        train(config_of(root, {}, training={"steps": 1, "save_every": 1}), tmp_path / "run")
+    place = {"folder": root / "transformer", "run": tmp_path / "run", "adapters": trained}[start]
+    exact = flat(merged(open_model(BACKBONE, str(place), "").params()))
+    only = {"train_only": ["joint_blocks/picture/(q|down)/kernel"]}
+    config = config_of(root, {}, models={"backbone": str(place)}, param_dtype="bfloat16", optimizer=only)
+    setup = make_setup(config, jax.devices()[:1])
+    state = setup.program.init(jax.random.key(0), setup.params())
+    leaves, trains = flat(state.params), flat(state.ema).keys()
+    assert trains == {f"joint_blocks/picture/{name}/kernel" for name in ("q", "down")}
+    for name, leaf in leaves.items():
+        kept = name in trains or name == "position/table"
+        assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16), name
+        # A frozen kernel that adapters are merged into is rounded before and after.
+        wide = np.asarray(leaf, np.float32)
+        np.testing.assert_allclose(wide, exact[name], rtol=0 if kept else 2**-7, atol=0 if kept else 1e-3)
+        if name in trains:
+            np.testing.assert_array_equal(flat(state.ema)[name], exact[name], err_msg=name)
+
+
 def test_a_checkpoint_holds_the_factors_and_where_the_base_is(root, trained):
     params, config, step = read_params(trained, ema=False)
     leaves = flat(params)

@@ -18,9 +18,19 @@ from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.parallel.rules import path_string
 from lwd_jax.train import checkpoint
-from lwd_jax.train.checkpoint import DAMAGED, MANIFEST, Checkpoints, damage, read_params, saved_steps
+from lwd_jax.train.checkpoint import (
+    DAMAGED,
+    MANIFEST,
+    Checkpoints,
+    damage,
+    params_fingerprint,
+    read_params,
+    saved_steps,
+)
 from lwd_jax.train.program import build_program
 from lwd_jax.train.state import eval_params
+from lwd_jax.weights.folder import fingerprint
+from lwd_jax.weights.table import flat
 
 CONFIG = toy_config()
 
@@ -229,6 +239,23 @@ def test_read_params_gives_the_average_or_the_plain_ones(saved):
     same(plain, state.params)
     assert np.any(average["blocks"]["q"]["kernel"] != plain["blocks"]["q"]["kernel"])
     assert isinstance(average["blocks"]["q"]["kernel"], jax.Array)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_its_fingerprint_is_read_one_parameter_at_a_time_on_the_host(saved, monkeypatch, ema):
+    workdir, _ = saved
+    params = read_params(workdir, ema)[0]
+    seen, restored = [], checkpoint._restored
+
+    def watched(*arguments):
+        found = restored(*arguments)
+        seen.extend(found.items())
+        assert len(found) == 1 and all(isinstance(leaf, np.ndarray) for leaf in found.values())
+        return found
+
+    monkeypatch.setattr(checkpoint, "_restored", watched)
+    assert params_fingerprint(workdir, ema) == fingerprint(params)
+    assert [name for name, _ in seen] == sorted(flat(params))
 
 
 @pytest.mark.parametrize("moment", ["judged", "described", "restored", "closed"])
