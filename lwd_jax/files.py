@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import filelock
 import fsspec
 from etils.epath import Path
 
@@ -61,6 +62,8 @@ def locate(name: str | os.PathLike) -> Path:
       UserError: an address that is not gs://BUCKET/... or cannot be reached, or the extra [gcs] is not installed.
     """
     text = os.fspath(name)
+    if not text:
+        raise UserError("The name of a file or folder is empty.")
     if "://" not in text:
         return Path(text)
     if not text.removeprefix(_SCHEME).strip("/") or not in_bucket(text):
@@ -86,7 +89,7 @@ def on_disk(name: str | os.PathLike, what: str) -> Path:
             f"{what} must be on a disk, but '{os.fspath(name)}' is an address: mount the bucket (gcsfuse does) and "
             "give its place there, or copy it here."
         )
-    return Path(name)
+    return locate(name)
 
 
 def absolute(path: Path) -> Path:
@@ -190,6 +193,32 @@ class Spool:
         self.push()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """While the block runs, no other process is in a block like it: a lock on the file .lock in a folder that is there,
+    which the system lets go of when this process ends, however it ends. A bucket has no locks.
+
+    Args:
+      folder: what is written to.
+      what: it is, for the sentence.
+
+    Raises:
+      UserError: another process is in such a block.
+    """
+    if in_bucket(folder):
+        yield
+        return
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as taken:
+        raise UserError(f"{what} '{folder}' is being written to by another process; wait for it to end.") from taken
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from bucket import Bucket, put_folder, serve
 import lwd_jax
 from lwd_jax.cli import main
 from lwd_jax.errors import UserError
-from lwd_jax.files import Spool, checksums, files_in, is_empty, locate, on_disk, staged, write_whole
+from lwd_jax.files import Spool, checksums, files_in, is_empty, locate, locked, on_disk, staged, write_whole
 
 ROOT = Path(lwd_jax.__file__).parent
 
@@ -189,6 +189,27 @@ def test_no_client_remembers_folders_whoever_makes_it():
     code = "import fsspec, lwd_jax.files; print(fsspec.filesystem('gcs', token='anon').dircache.use_listings_cache)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
+    holding = (
+        "import sys, time; from lwd_jax.files import locate, locked\n"
+        f"with locked(locate({str(tmp_path)!r}), 'It'):\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"The workdir '{tmp_path}' is being written to by another process"):
+            with locked(tmp_path, "The workdir"):
+                raise AssertionError("it is locked")
+        other.kill()
+    with locked(tmp_path, "The workdir"):
+        pass
+
+
+def test_a_name_that_is_empty():
+    for find in (locate, lambda name: on_disk(name, "It")):
+        with pytest.raises(UserError, match="empty"):
+            find("")
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):

@@ -19,8 +19,9 @@ def streams(rate: float) -> dict[str, jax.Array]:
 def dropout(rate: float, keys: jax.Array) -> contextlib.AbstractContextManager:
     """Around a module's apply: adapters see x with each element zero with probability `rate`, else x / (1 - rate).
 
-    What is dropped of a picture depends on its own key and on the layer: not on the mesh, nor on what else is in the
-    batch.
+    What is dropped of a picture depends on its own key and on the layer, not on what else is in the batch; nor on the
+    mesh, but for FLUX's single stream over `context`: there the tokens of text and picture come in the order of their
+    devices (nn.sharding), and the same numbers fall on others of them.
 
     Args:
       rate: in [0, 1); 0 = no dropout, and nothing changes.

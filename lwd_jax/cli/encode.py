@@ -74,6 +74,11 @@ def arguments(parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the autoencoder's arithmetic"
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace latents in --out that were made with another resolution, autoencoder, text encoder or storage",
+    )
 
 
 def _mesh(args) -> Mesh:
@@ -142,7 +147,7 @@ def run(args) -> None:
         storage=args.storage,
     )
     with progress() as show:
-        outcome = encode_dataset(dataset, args.out, encoder, text, plan, show)
+        outcome = encode_dataset(dataset, args.out, encoder, text, plan, show, args.overwrite)
     for name, reason in outcome.rejects:
         print(f"Left out: {name}: {reason}")
     print(f"Pictures: {outcome.pictures_made} encoded, {outcome.pictures_kept} kept from before.")

@@ -37,7 +37,8 @@ def arguments(parser):
     parser.add_argument(
         "--shift",
         type=float,
-        help="of the noise levels at every size (default: the run's, or the scheduler's; FLUX above 1024 px: 3)",
+        help="of the noise levels at every size (default: the run's, or the scheduler's, which FLUX's makes grow with "
+        "the picture: give 3 above 1024 px)",
     )
     parser.add_argument("--solver", help=f"{' or '.join(SOLVERS)} (default: the run's, or euler)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default %(default)s)")

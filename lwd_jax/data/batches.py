@@ -245,7 +245,7 @@ def make_batches(
         stream = Order(bucket_of, config.data.batch_size, config.seed)
         example = Pictures(dataset, config, stream, bucket_of, table)
         shapes = [table[bucket] for bucket in np.unique(bucket_of[training])]
-        identity = hashlib.sha256("".join(map(str, dataset.sha256)).encode()).hexdigest()
+        identity = hashlib.sha256(dataset.sha256.tobytes()).hexdigest()
     else:
         latents = _open_latents(config)
         found, bucket_of = np.unique(latents.sizes, axis=0, return_inverse=True)

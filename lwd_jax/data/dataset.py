@@ -1,7 +1,7 @@
 """The one dataset format: standard pictures with their captions.
 
 A dataset is a folder that tensorflow-datasets reads (`tfds.builder_from_directory`), and beside it `index.npz` (sizes
-and hashes of all records, so that buckets need no picture to be read) and `prepared.json` (what was left out, and why).
+and hashes and captions of all records, for which no picture need be read) and `prepared.json` (what was left out, and why).
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from lwd_jax.files import files_in, is_empty, on_disk, staged
 
 NAME = "pictures"
 INDEX = "index.npz"
+CAPTIONS = "captions"  # in the index: JSON, a list for each record
 REPORT = "prepared.json"
 READERS = 4  # pictures that are decoded at a time, in threads
 
@@ -46,12 +47,12 @@ class Dataset:
 
     Attributes:
       heights, widths: [N] int, px.
-      sha256: [N] hashes of the encoded pictures, hexadecimal.
+      sha256: [N] hashes of the encoded pictures, hexadecimal, as bytes.
     """
 
     def __init__(self, folder: Path):
         with (folder / INDEX).open("rb") as file, np.load(file) as index:
-            self.heights, self.widths, self.sha256 = index["heights"], index["widths"], index["sha256"]
+            self.heights, self.widths, self.sha256 = index["heights"], index["widths"], index["sha256"].astype("S64")
         self.folder = folder
         self._records = Records(folder, undecoded=("picture",))
         if len(self._records) != len(self):
@@ -64,6 +65,13 @@ class Dataset:
         record = self._records[index]
         captions = tuple(caption.decode() for caption in record["captions"])
         return Example(record["picture"], captions, record["name"].decode())
+
+    def captions(self) -> list[tuple[str, ...]]:
+        """Those of every record, without reading the pictures (of a dataset without them in its index, with them)."""
+        with (self.folder / INDEX).open("rb") as file, np.load(file) as index:
+            if CAPTIONS not in index.files:
+                return [self[number].captions for number in range(len(self))]
+            return [tuple(captions) for captions in json.loads(index[CAPTIONS].tobytes())]
 
 
 def open_dataset(folder: str | os.PathLike) -> Dataset:
@@ -151,7 +159,7 @@ def _rows(root: Path, paths, captions, summary: Summary, index: dict, on_progres
     captions_of = dict(zip(paths, captions))
     for done, (path, standard) in enumerate(_standards(paths), start=1):
         on_progress(done, len(paths))
-        name = path.relative_to(root).as_posix()
+        name = os.fsencode(path.relative_to(root).as_posix()).decode(errors="backslashreplace")
         if isinstance(standard, str):
             summary.rejects.append((name, standard))
             continue
@@ -164,6 +172,7 @@ def _rows(root: Path, paths, captions, summary: Summary, index: dict, on_progres
         summary.heights.append(standard.height)
         summary.widths.append(standard.width)
         index["sha256"].append(hashlib.sha256(standard.data).hexdigest())
+        index[CAPTIONS].append(captions_of[path])
         index["reencoded"] += standard.reencoded
         yield {"picture": standard.data, "captions": list(captions_of[path]), "name": name}
 
@@ -177,7 +186,7 @@ def write_dataset(
 ) -> Summary:
     """Writes the pictures, in the given order, as a dataset; it appears whole or not at all, and replaces an older one.
 
-    Unreadable pictures and pictures whose pixels were seen before are left out.
+    Pictures without a caption come last. Unreadable ones and those whose pixels were seen before are left out.
 
     Args:
       root: what the names of the records are relative to.
@@ -187,7 +196,7 @@ def write_dataset(
     Raises:
       UserError: `out` exists and is no dataset; or no picture can be used.
     """
-    out, root = on_disk(out, "A dataset"), Path(root)
+    out, root = on_disk(out, "A dataset").absolute(), Path(root)
     if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or not is_empty(out)):
         raise UserError(f"'{out}' exists and is not a dataset; choose another --out.")
     features = {
@@ -195,7 +204,9 @@ def write_dataset(
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "name": tfds.features.Text(),
     }
-    summary, index = Summary([], [], [], [], 0), {"sha256": [], "reencoded": 0}
+    summary, index = Summary([], [], [], [], 0), {"sha256": [], CAPTIONS: [], "reencoded": 0}
+    # Of two copies the first is kept: it should be one that has a caption.
+    paths, captions = zip(*sorted(zip(paths, captions), key=lambda pair: not pair[1]))
     with staged(out) as folder:
         write_records(folder, NAME, features, _rows(root, paths, captions, summary, index, on_progress))
         if not summary.heights:
@@ -203,7 +214,8 @@ def write_dataset(
             raise UserError(f"None of the {len(paths)} pictures in '{root}' can be used; the first, {name}: {reason}.")
         summary = summary._replace(reencoded=index["reencoded"])
         sizes = {"heights": np.array(summary.heights, np.int64), "widths": np.array(summary.widths, np.int64)}
-        np.savez(folder / INDEX, sha256=np.array(index["sha256"]), **sizes)
+        told = np.frombuffer(json.dumps(index[CAPTIONS]).encode(), np.uint8)
+        np.savez(folder / INDEX, sha256=np.array(index["sha256"], "S64"), **{CAPTIONS: told}, **sizes)
         left_out = {"rejects": summary.rejects, "without_caption": summary.uncaptioned}
         (folder / REPORT).write_text(json.dumps(left_out, indent=1, ensure_ascii=False), encoding="utf-8")
     return summary

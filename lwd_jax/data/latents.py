@@ -26,12 +26,13 @@ from lwd_jax.data import buckets
 from lwd_jax.data.dataset import Dataset
 from lwd_jax.data.pictures import UNREADABLE, decode, from_uint8
 from lwd_jax.data.records import STORAGE, float_array, pack, unpack
-from lwd_jax.data.store import Parts, Store
+from lwd_jax.data.store import Parts, Store, is_store
 from lwd_jax.data.text import States, TextEncoder
 from lwd_jax.errors import UserError, choose, read_json
-from lwd_jax.files import is_empty, on_disk, write_whole
+from lwd_jax.files import locked, on_disk, write_whole
 
 METADATA = "metadata.json"
+STORES = ("pictures", "text")
 FORMAT = 1
 TEXT_BATCH = 16  # captions at a time
 SAVE_SECONDS = 120.0  # work that a killed run may lose
@@ -142,7 +143,7 @@ def _encode_texts(store: Store, captions: list[str], text: TextEncoder, storage:
 def _encode_pictures(store: Store, dataset: Dataset, sizes: list, encoder: Encoder, plan: Plan, on_progress):
     """Encodes what is missing, one bucket after the other; returns the rejects."""
     made_by = (encoder.fingerprint, plan.storage, encoder.dtype)
-    keys = [picture_key(dataset.sha256[i], size, *made_by) for i, size in enumerate(sizes)]
+    keys = [picture_key(dataset.sha256[i].decode(), size, *made_by) for i, size in enumerate(sizes)]
     todo = defaultdict(list)
     for number, key in enumerate(keys):
         if key not in store.keys:
@@ -180,6 +181,7 @@ def encode_dataset(
     text: TextEncoder,
     plan: Plan,
     on_progress: Callable[[str, int, int], None],
+    overwrite: bool = False,
 ) -> Outcome:
     """Encodes a dataset into the folder `out`: every picture in its bucket (centre crop), and every caption.
 
@@ -187,19 +189,29 @@ def encode_dataset(
 
     Args:
       on_progress: called with ("captions" or "pictures", done, to do).
+      overwrite: `out` may also hold what was made in another way (resolution, autoencoder, text encoder, storage); that
+        is deleted when the new is complete.
 
     Raises:
-      UserError: `out` is something else; a resolution that does not divide; values that the storage cannot hold.
+      UserError: `out` is something else, was made in another way or is written to by another process; a resolution that
+        does not divide; values that the storage cannot hold.
     """
     choose(STORAGE, plan.storage, "storage")
     if plan.captions < 1 or plan.batch_size < 1:
         raise UserError("At least one caption of a picture, and one picture at a time, must be encoded.")
     out = on_disk(out, "The folder of latents")
+    _check_out(out, None if overwrite else _describe(encoder, text, plan))
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "The folder of latents"):
+        return _encode(dataset, out, encoder, text, plan, on_progress)
+
+
+def _encode(dataset: Dataset, out: Path, encoder: Encoder, text: TextEncoder, plan: Plan, on_progress) -> Outcome:
     bucket_of, table = buckets.assign(
         dataset.heights, dataset.widths, plan.resolution, plan.keep_aspect, plan.smallest_bucket
     )
     sizes = [table[bucket] for bucket in bucket_of]
-    captions = [_texts(dataset[number].captions, plan.captions) for number in range(len(dataset))]
+    captions = [_texts(captions, plan.captions) for captions in dataset.captions()]
     store, text_store = _open_stores(out, plan)
     distinct = ["", *(caption for each in captions for caption in each)]
     texts_made, texts_kept = _encode_texts(text_store, distinct, text, plan.storage, on_progress)
@@ -224,7 +236,7 @@ def encode_dataset(
         "texts": places(caption for number in live for caption in captions[number]),
         "null_text": places([""])[0],
     }
-    _finish(out, index, _describe(encoder, text, plan, index, rejects) | {"content": content})
+    _finish(out, index, _describe(encoder, text, plan) | _contents(index, rejects) | {"content": content})
     store.prune(index["latents"][:, 0])
     text_store.prune([*index["texts"][:, 0], index["null_text"][0]])
     return Outcome(made, len(live) - made, texts_made, texts_kept, rejects)
@@ -232,8 +244,6 @@ def encode_dataset(
 
 def _open_stores(out: Path, plan: Plan) -> tuple[Store, Store]:
     """The stores of latents and of text states in `out`, empty or as an earlier run left them."""
-    if out.exists() and not (out / "pictures").is_dir() and (not out.is_dir() or not is_empty(out)):
-        raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
     array_of = {rank: float_array(rank, plan.storage) for rank in (1, 2, 3)}
     latent = {"mean": array_of[3], "std": array_of[3]}
     states = {"caption": tfds.features.Text(), "tokens": array_of[2], "mask": array_of[1], "pooled": array_of[1]}
@@ -241,12 +251,46 @@ def _open_stores(out: Path, plan: Plan) -> tuple[Store, Store]:
     return Store(out / "pictures", "latents", latent, plan.save_seconds), text_store
 
 
+def _check_out(out: Path, described: dict | None) -> None:
+    """Raises UserError if `out` holds something else than latents, or those of other makers than described (None = of
+    any).
+    """
+    complete = (out / METADATA).is_file()
+    if out.exists() and not complete:
+        found = list(out.iterdir()) if out.is_dir() else [out]
+        if not all(path.name == ".lock" or (path.name in STORES and is_store(path)) for path in found):
+            raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
+    if not complete or described is None:
+        return
+    before, now = (_makers(metadata) for metadata in (_read_metadata(out), described))
+    for name, made in before.items():
+        if made != now[name]:
+            raise UserError(
+                f"The latents in '{out}' were made with {name} {str(made)[:16]}, not {str(now[name])[:16]}: choose "
+                "another --out, or add --overwrite to make them anew."
+            )
+
+
+def _makers(metadata: dict) -> dict:
+    """What metadata.json says of what changes all latents, or all text states."""
+    names = ("resolution", "buckets", "storage", "dtype", "autoencoder_fingerprint")
+    return {name: metadata[name] for name in names} | {"text_fingerprint": metadata["text"]["fingerprint"]}
+
+
+def _read_metadata(folder: Path) -> dict:
+    metadata = read_json(folder / METADATA)
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found != FORMAT:
+        raise UserError(f"The latents in '{folder}' have format {found}, but this version reads {FORMAT}.")
+    return metadata
+
+
 def _texts(captions: tuple[str, ...], count: int) -> tuple[str, ...]:
     return captions[:count] or ("",)  # a picture without a caption trains as unconditional
 
 
-def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, rejects: list) -> dict:
-    found, counts = np.unique(index["sizes"], axis=0, return_counts=True)
+def _describe(encoder: Encoder, text: TextEncoder, plan: Plan) -> dict:
+    """What metadata.json says of how the latents are made."""
     return {
         "format": FORMAT,
         "resolution": plan.resolution,
@@ -256,6 +300,13 @@ def _describe(encoder: Encoder, text: TextEncoder, plan: Plan, index: dict, reje
         "dtype": encoder.dtype,
         "autoencoder": encoder.config,
         "text": text.describe(),
+    }
+
+
+def _contents(index: dict, rejects: list) -> dict:
+    """What metadata.json says of the latents themselves."""
+    found, counts = np.unique(index["sizes"], axis=0, return_counts=True)
+    return {
         "records": len(index["sizes"]),
         "shapes": [{"height": int(h), "width": int(w), "pictures": int(n)} for (h, w), n in zip(found, counts)],
         "rejects": rejects,
@@ -284,7 +335,7 @@ class Latents:
         length, width, pooled, settings), resolution, buckets, storage, dtype, records, shapes, rejects, content (a
         digest of every record's latent and text states, wherever they are stored).
       sizes: [N 2] (height, width) of each record's bucket, px.
-      sha256: [N] hashes of the pictures.
+      sha256: [N] hashes of the pictures, hexadecimal, as bytes.
     """
 
     def __init__(self, folder: Path, metadata: dict):
@@ -292,7 +343,7 @@ class Latents:
         self.metadata = metadata
         with (folder / metadata["index"]).open("rb") as file, np.load(file) as index:
             self._index = {name: index[name] for name in index.files}
-        self.sizes, self.sha256 = self._index["sizes"], self._index["sha256"]
+        self.sizes, self.sha256 = self._index["sizes"], self._index["sha256"].astype("S64")
         self._pictures, self._text = Parts(folder / "pictures"), Parts(folder / "text")
         self._pictures.check(self._index["latents"][:, 0])
         self._text.check(self._index["texts"][:, 0])
@@ -337,12 +388,10 @@ def open_latents(folder: str | os.PathLike) -> Latents:
             "is not complete: run the same lwd encode again" if (folder / "pictures").is_dir() else "holds no latents"
         )
         raise UserError(f"'{folder}' {state} (it has no {METADATA}).")
-    metadata = read_json(folder / METADATA)
-    if metadata["format"] != FORMAT:
-        raise UserError(f"The latents in '{folder}' have format {metadata['format']}, but this version reads {FORMAT}.")
+    metadata = _read_metadata(folder)
     try:
         return Latents(folder, metadata)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise UserError(f"'{folder}' is damaged ({error}); run lwd encode into a new folder.") from error
 
 

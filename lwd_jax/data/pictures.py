@@ -7,6 +7,7 @@ training: it scales and crops a standard picture to its bucket. `from_uint8` mak
 import hashlib
 import io
 import struct
+import threading
 import warnings
 import zlib
 from typing import NamedTuple
@@ -39,6 +40,7 @@ SMALLEST_SIDE = 16  # px
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _ORIENTATION = 0x0112  # EXIF tag
+_OPENING = threading.Lock()  # Pillow's limit and Python's warnings are the process's
 
 
 class Rejected(Exception):
@@ -86,14 +88,14 @@ def standardise(data: bytes) -> Standard:
 
 def _open(data: bytes) -> Image.Image:
     # Pillow has no limit per call, and only warns below twice its limit. It looks when it opens, not when it decodes.
-    usual = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _OPENING, warnings.catch_warnings():
+        usual = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
             return Image.open(io.BytesIO(data))
-    finally:
-        Image.MAX_IMAGE_PIXELS = usual
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 def _is_standard(image: Image.Image) -> bool:

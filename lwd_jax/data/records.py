@@ -78,8 +78,8 @@ def check_described(folder: Path) -> None:
 class Records:
     """Random access to a folder that `write_records` filled. Picklable: a worker process opens its own files.
 
-    Raises, where it is first used:
-      UserError: a file that describes the records is not there, cut off, or something else.
+    Raises, where it is first used, and for each record:
+      UserError: a file of records, or one that describes them, is not there, cut off, damaged or something else.
     """
 
     def __init__(self, folder: Path, undecoded: tuple[str, ...] = ()):
@@ -95,6 +95,12 @@ class Records:
             return tfds.builder_from_directory(os.fspath(self.folder)).as_data_source(SPLIT, decoders=decoders)
         except ParseError as error:
             raise UserError(f"{self.folder / DESCRIPTIONS[0]} does not describe records: {error}.") from error
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        """What ArrayRecord says of a file: its first line, without the addresses inside the file."""
+        return UserError(f"The records in {self.folder} cannot be read ({str(error).split(';')[0]})")
 
     def __getstate__(self):
         return {"folder": self.folder, "undecoded": self.undecoded}
@@ -103,4 +109,7 @@ class Records:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
-        return self._source[int(index)]
+        try:
+            return self._source[int(index)]
+        except (RuntimeError, TypeError) as error:  # a file cut between its blocks may give empty records
+            raise self._damaged(error) from error

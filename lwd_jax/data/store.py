@@ -5,6 +5,7 @@ under a temporary name and renamed, so a part that is there is whole.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable
 
@@ -18,6 +19,7 @@ from lwd_jax.files import staged
 KEYS = "keys.json"
 PART_BYTES = 1 << 29  # of arrays held in memory before they are written as a part
 PART_RECORDS = 1024
+_PART = re.compile(r"part-\d{6}")
 
 
 class Store:
@@ -71,8 +73,14 @@ def part_name(part: int) -> str:
 
 
 def existing_parts(folder: Path) -> list[int]:
-    names = (path.name for path in folder.iterdir())
-    return sorted(int(name.removeprefix("part-")) for name in names if name.startswith("part-"))
+    return sorted(int(path.name[-6:]) for path in folder.iterdir() if _PART.fullmatch(path.name))
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds parts of a store, also half-written ones, and nothing else."""
+    return folder.is_dir() and all(
+        path.is_dir() and (path.suffix == ".partial" or _PART.fullmatch(path.name)) for path in folder.iterdir()
+    )
 
 
 class Parts:

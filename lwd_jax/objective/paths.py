@@ -4,6 +4,8 @@ t is the noise level: 0 = data, 1 = noise. Formulas are of "Scaling Rectified Fl
 2403.03206, section 3.1 for the samplers and 5.3.2 for the shift) unless said otherwise.
 """
 
+import functools
+import logging
 import math
 
 import jax
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 from lwd_jax.config import Matching
 from lwd_jax.errors import UserError
 from lwd_jax.shapes import Array, shaped
+
+log = logging.getLogger(__name__)
 
 
 @shaped("z0: B h w C, noise: B h w C, t: B -> B h w C")
@@ -88,13 +92,22 @@ def shift_time(t: Array, shift: float) -> Array:
     return shift * t / (1 + (shift - 1) * t)
 
 
+@functools.cache  # so that it warns of a size once
 def dynamic_shift(tokens: int) -> float:
     """FLUX's shift by picture size: exp(mu), mu linear in the tokens, 0.5 at 256 and 1.15 at 4096.
 
-    3.16 at 4096 tokens, 25.3 at 16384 and 1e5 at 65536, where hardly a time below 1 is left: meant for 1K pictures.
+    3.16 at 4096 tokens, 25.3 at 16384 and 1e5 at 65536, where hardly a time below 1 is left: meant for 1K pictures, and
+    beyond them a warning says so.
     """
     slope = (1.15 - 0.5) / (4096 - 256)
-    return math.exp(0.5 + slope * (tokens - 256))
+    shift = math.exp(0.5 + slope * (tokens - 256))
+    if tokens > 1.25 * 4096:  # more than any aspect bucket of 1024 px has
+        log.warning(
+            "FLUX's dynamic shift is %.4g for %d tokens, which moves half of all times above %.4f: it is meant for up to "
+            "1024 px. Set a static one (lwd sample --shift 3; matching.shift_rule and sampling.shift_rule static).",
+            shift, tokens, shift / (shift + 1),
+        )  # fmt: skip
+    return shift
 
 
 SHIFT_RULES = {

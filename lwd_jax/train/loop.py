@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
-from lwd_jax.files import Spool, locate
+from lwd_jax.files import Spool, locate, locked
 from lwd_jax.parallel.mesh import over
 from lwd_jax.parallel.processes import agree, check_shared
 from lwd_jax.parallel.rules import replicated
@@ -194,6 +194,10 @@ def _begin(program: Program, config: Config, workdir: Path, description: str, pa
     state, position = (None if saved else _first_state(program, config, params)), None
     workdir.mkdir(parents=True, exist_ok=True)
     check_shared(workdir)
+    if jax.process_index() == 0:
+        closing.enter_context(locked(workdir, "The workdir"))
+        if saved_steps(workdir) != saved:
+            raise UserError(f"Another run wrote checkpoints into {workdir} while this one began; start it again.")
     checkpoints = Checkpoints(workdir, config.training.keep)
     closing.callback(checkpoints.close)
     if saved:
@@ -276,7 +280,8 @@ def run(
       previews: called before the first step, every `preview_every` steps and after the last one.
 
     Raises:
-      UserError: the workdir belongs to another run; the loss or gradient stays non-finite; the disk is full.
+      UserError: the workdir belongs to another run, or another process writes to it; the loss or gradient stays
+        non-finite; the disk is full.
     """
     with contextlib.ExitStack() as closing:
         stop = closing.enter_context(Stop())

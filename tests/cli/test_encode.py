@@ -67,7 +67,9 @@ def test_latents_are_the_autoencoders(root, capsys):
     # Again with the same weights: nothing to do. With others: everything.
     assert encode(root, "one", "--text", "hashed_words", "--text-width", "24", "--smallest-bucket", "1") == 0
     assert "0 encoded, 3 kept" in capsys.readouterr().out
-    assert encode(root, "two", "--text", "hashed_words", "--text-width", "24", "--no-buckets") == 0
+    assert encode(root, "two", "--text", "hashed_words", "--text-width", "24", "--no-buckets") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert encode(root, "two", "--text", "hashed_words", "--text-width", "24", "--no-buckets", "--overwrite") == 0
     assert "3 encoded, 0 kept" in capsys.readouterr().out
     assert (open_latents(root / "latents").sizes == 64).all()
 

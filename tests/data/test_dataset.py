@@ -1,6 +1,7 @@
 """Laws of the dataset format."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -46,10 +47,11 @@ def test_there_and_back(folder, monkeypatch):
     summary = write(folder)
     dataset = open_dataset(folder / "dataset")
     assert len(dataset) == 7 and summary.uncaptioned == ["p00.png"]
-    for i, path in enumerate(find_pictures(folder / "images")):
+    pictures = find_pictures(folder / "images")
+    for i, path in enumerate([*pictures[1:], pictures[0]]):  # the one without a caption comes last
         example = dataset[i]
         assert example.picture == path.read_bytes() and example.name == path.name
-        assert example.captions == (("first", f"größer {i}") if i else ())
+        assert example.captions == (("first", f"größer {i + 1}") if i < 6 else ())
         assert (dataset.heights[i], dataset.widths[i]) == Image.open(path).size[::-1]
     assert len(list((folder / "dataset").glob("*.array_record*"))) == 3
     assert not list(folder.glob(".*"))
@@ -58,7 +60,7 @@ def test_there_and_back(folder, monkeypatch):
 def test_others_read_it_through_tfds_without_tensorflow(folder):
     write(folder)
     source = tfds.builder_from_directory(folder / "dataset").as_data_source("train")
-    assert len(source) == 7 and (source[2]["picture"] == np.asarray(Image.open(folder / "images" / "p02.png"))).all()
+    assert len(source) == 7 and (source[1]["picture"] == np.asarray(Image.open(folder / "images" / "p02.png"))).all()
     assert "tensorflow" not in sys.modules
 
 
@@ -70,6 +72,23 @@ def test_duplicates_and_unreadable_pictures_are_left_out_and_listed(folder):
     report = json.loads((folder / "dataset" / "prepared.json").read_text())
     assert report["rejects"] == [list(reject) for reject in summary.rejects]
     assert len(open_dataset(folder / "dataset")) == 7
+
+
+def test_of_copies_one_with_a_caption_is_kept(folder):
+    Image.open(folder / "images" / "p03.png").save(folder / "images" / "q.bmp")
+    captions = [("of the copy",) if path.name == "q.bmp" else () for path in find_pictures(folder / "images")]
+    summary = write(folder, captions=captions)
+    assert [name for name, _ in summary.rejects] == ["p03.png"] and "q.bmp" in summary.rejects[0][1]
+    dataset = open_dataset(folder / "dataset")
+    assert dataset[0].name == "q.bmp" and dataset.captions() == [("of the copy",), *[()] * 6]
+
+
+def test_a_name_that_is_not_unicode(folder):
+    images = os.fsencode(folder / "images")
+    os.rename(images + b"/p00.png", images + b"/p\xff.png")
+    write(folder)
+    dataset = open_dataset(folder / "dataset")
+    assert "p\\xff.png" in {dataset[number].name for number in range(7)}
 
 
 def test_the_same_folder_gives_the_same_dataset(folder):

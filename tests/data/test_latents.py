@@ -70,8 +70,9 @@ def root(tmp_path):
     return tmp_path
 
 
-def encode(root, dataset, toy, text=None, plan=PLAN):
-    return encode_dataset(dataset, root / "latents", toy.encoder, text or hashed_words(None), plan, quiet)
+def encode(root, dataset, toy, text=None, plan=PLAN, overwrite=False):
+    text = text or hashed_words(None)
+    return encode_dataset(dataset, root / "latents", toy.encoder, text, plan, quiet, overwrite)
 
 
 def check_values(root, dataset, bound):
@@ -130,9 +131,9 @@ def test_nothing_is_done_twice(root):
 def test_a_changed_encoder_makes_everything_anew(root):
     dataset = dataset_of(root)
     encode(root, dataset, Toy())
-    assert encode(root, dataset, Toy("b" * 64))[:4] == (7, 0, 0, 9)
-    assert encode(root, dataset, Toy("b" * 64), hashed_words(None, length=8))[:4] == (0, 7, 9, 0)
-    assert encode(root, dataset, Toy("b" * 64), plan=dataclasses.replace(PLAN, resolution=96))[0] == 7
+    assert encode(root, dataset, Toy("b" * 64), overwrite=True)[:4] == (7, 0, 0, 9)
+    assert encode(root, dataset, Toy("b" * 64), hashed_words(None, length=8), overwrite=True)[:4] == (0, 7, 9, 0)
+    assert encode(root, dataset, Toy("b" * 64), plan=dataclasses.replace(PLAN, resolution=96), overwrite=True)[0] == 7
     # What nobody needs any more is deleted.
     assert len(list((root / "latents" / "pictures").glob("part-*"))) == 7
 
@@ -183,7 +184,7 @@ def test_an_older_complete_cache_stays_readable_until_the_new_one_is_complete(ro
     encode(root, dataset, Toy())
     before = [open_latents(root / "latents").latent(i)[0] for i in range(7)]
     with pytest.raises(KeyboardInterrupt):
-        encode(root, dataset, Toy("b" * 64, fail_after=1))
+        encode(root, dataset, Toy("b" * 64, fail_after=1), overwrite=True)
     latents = open_latents(root / "latents")
     assert latents.metadata["autoencoder_fingerprint"] == "a" * 64
     assert all((latents.latent(i)[0] == before[i]).all() for i in range(7))
@@ -209,14 +210,14 @@ def test_pictures_without_a_caption_are_unconditional(root):
     captions = [()] + [("a", "b", "c", "d", "e")] * 6
     encode(root, dataset_of(root, captions), Toy())
     latents = open_latents(root / "latents")
-    assert latents.caption_count(0) == 1 and latents.text(0, 0)[1] == "" and latents.caption_count(1) == 4
+    assert latents.caption_count(6) == 1 and latents.text(6, 0)[1] == "" and latents.caption_count(0) == 4
 
 
 def test_small_buckets_join_and_squares(root):
     dataset = dataset_of(root)
     encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, smallest_bucket=3))
     assert len(open_latents(root / "latents").metadata["shapes"]) == 2
-    encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, keep_aspect=False))
+    encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, keep_aspect=False), overwrite=True)
     assert (open_latents(root / "latents").sizes == 64).all()
 
 
@@ -228,6 +229,106 @@ def test_values_that_the_storage_cannot_hold(root):
     broken = dataclasses.replace(huge, encode=lambda x: (np.full((2, 8, 8, 3), np.nan), np.ones((2, 8, 8, 3))))
     with pytest.raises(UserError, match="nan"):
         encode_dataset(dataset, root / "latents", broken, hashed_words(None), PLAN, quiet)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"resolution": 96}, "resolution 64, not 96"),
+        ({"keep_aspect": False}, "buckets True, not False"),
+        ({"storage": "float32"}, "storage float16, not float32"),
+        ({"toy": Toy("b" * 64)}, "autoencoder_fingerprint aaaaaaaaaaaaaaaa, not bbbbbbbbbbbbbbbb"),
+        ({"text": hashed_words(None, length=8)}, "text_fingerprint"),
+    ],
+)
+def test_what_was_made_otherwise_is_not_dropped_unasked(root, change, said):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    before = files_of(root / "latents")
+    toy, text = change.pop("toy", Toy()), change.pop("text", None)
+    with pytest.raises(UserError, match=f"{said}.*--overwrite"):
+        encode(root, dataset, toy, text, dataclasses.replace(PLAN, **change))
+    assert toy.batches == 0 and files_of(root / "latents") == before
+    # What leaves the rest as it is needs no leave.
+    encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, captions=1, batch_size=2, smallest_bucket=3))
+
+
+def test_one_process_at_a_time(root):
+    """While a run encodes, another one in the same folder is refused; afterwards it finds all done."""
+    dataset, toy, refused = dataset_of(root), Toy(), []
+
+    def encode_meanwhile(what, done, total):
+        if what == "pictures" and not refused:
+            with pytest.raises(UserError, match="latents' is being written to by another process") as caught:
+                encode(root, dataset, Toy())
+            refused.append(caught)
+
+    encode_dataset(dataset, root / "latents", toy.encoder, hashed_words(None), PLAN, encode_meanwhile)
+    assert refused and encode(root, dataset, Toy()) == (0, 7, 0, 9, [])
+    check_values(root, dataset, 2**-11)
+
+
+@pytest.mark.parametrize("made", ["pictures/part-1.jpg", "pictures/photo.jpg", "text/notes.txt", "latent/x"])
+def test_a_folder_of_somebody_else_is_left_alone(root, made):
+    dataset = dataset_of(root)
+    (root / "latents" / made).parent.mkdir(parents=True)
+    (root / "latents" / made).write_text("mine")
+    before = sorted((root / "latents").rglob("*"))
+    with pytest.raises(UserError, match="holds no latents; choose another --out"):
+        encode(root, dataset, Toy())
+    assert sorted((root / "latents").rglob("*")) == before
+
+
+def test_captions_are_known_without_reading_pictures(root, monkeypatch):
+    captions = [("one", "zwei \u00fc"), ("\u6f22",), (), *[(f"{i}",) for i in range(4)]]
+    dataset = dataset_of(root, captions)
+    read = [dataset[number].captions for number in range(7)]
+    assert dataset.captions() == read and sorted(read) == sorted(captions)
+    encode(root, dataset, Toy())
+
+    def no(*_):
+        raise AssertionError("a picture is read")
+
+    monkeypatch.setattr(type(dataset), "__getitem__", no)
+    assert encode(root, dataset, Toy())[:2] == (0, 7)
+    # A dataset of an earlier version has no captions in its index, and hashes as text.
+    monkeypatch.undo()
+    index = dict(np.load(root / "dataset" / "index.npz"))
+    del index["captions"]
+    np.savez(root / "dataset" / "index.npz", **index | {"sha256": index["sha256"].astype("U64")})
+    older = open_dataset(root / "dataset")
+    assert older.captions() == read and older.sha256.dtype == "S64" and (older.sha256 == dataset.sha256).all()
+
+
+@pytest.mark.parametrize("cut", [0, 100, "half", "flipped", "missing"])
+@pytest.mark.parametrize("store", ["dataset", "latents/pictures/part-000000"])
+def test_damaged_records_are_named(root, store, cut):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    (file,) = (root / store).glob("*.array_record-*")
+    content = file.read_bytes()
+    flipped = content[:70] + bytes([content[70] ^ 255]) + content[71:]
+    if cut == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"half": content[: len(content) // 2], "flipped": flipped}.get(cut) or content[: cut or 0])
+    with pytest.raises(UserError, match=f"{root / store}.*(cannot be read|damaged)"):
+        if store == "dataset":
+            open_dataset(root / store)[0]
+        else:
+            open_latents(root / "latents").latent(0)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '"x"', '{"format": 1}', '{"format": 1, "index": "index.npz"}'])
+def test_metadata_of_something_else(root, content):
+    encode(root, dataset_of(root), Toy())
+    (root / "latents" / "metadata.json").write_text(content)
+    with pytest.raises(UserError, match="have format|is damaged"):
+        open_latents(root / "latents")
 
 
 def test_mistakes(root, tmp_path):
@@ -248,7 +349,7 @@ def test_mistakes(root, tmp_path):
     with pytest.raises(UserError, match="choose another --out"):
         encode_dataset(dataset, root / "images", Toy().encoder, hashed_words(None), PLAN, quiet)
     with pytest.raises(UserError, match="does not divide"):
-        encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, resolution=100))
+        encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, resolution=100), overwrite=True)
     with pytest.raises(UserError, match="storage"):
         encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, storage="float8"))
     shutil.copytree(root / "latents", tmp_path / "older")

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from lwd_jax.config import Matching
+from lwd_jax.data import buckets
 from lwd_jax.errors import UserError
 from lwd_jax.objective import paths
 from lwd_jax.objective.matching import draw_times
@@ -108,6 +109,18 @@ def test_shifts():
     assert paths.dynamic_shift(16384) == pytest.approx(25.3, abs=5e-2)
     assert paths.dynamic_shift(65536) == pytest.approx(1.0e5, rel=5e-2)
     assert paths.dynamic_shift(256) == pytest.approx(np.exp(0.5))
+
+
+def test_a_dynamic_shift_beyond_1024_px_warns_once_of_a_size(caplog):
+    paths.dynamic_shift.cache_clear()
+    assert max(height * width for height, width in buckets.sizes(1024, True)) // 256 <= 5120
+    assert [paths.dynamic_shift(tokens) > 1 for tokens in (4096, 5120)] and not caplog.records
+    for _ in range(2):
+        paths.dynamic_shift(16384)
+    (line,) = caplog.messages
+    assert "25.28 for 16384 tokens" in line and "above 0.9620" in line
+    at_half = paths.shift_time(0.5, paths.dynamic_shift(16384))
+    assert f"{float(at_half):.4f}" == "0.9620"
 
 
 @pytest.mark.parametrize("rule, shift", [("none", 1.0), ("static", 3.0), ("dynamic", 3.158)])

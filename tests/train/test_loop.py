@@ -15,7 +15,7 @@ from lwd_jax import config as configs
 from lwd_jax.config import from_json
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
-from lwd_jax.train import metrics
+from lwd_jax.train import loop, metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
 from lwd_jax.train.loop import run
 from lwd_jax.train.program import build_program
@@ -90,6 +90,35 @@ def test_a_finished_run_does_nothing_more(whole):
     before = (whole / metrics.FILE).read_bytes()
     assert train(whole, batches=None) == (6, 0)
     assert (whole / metrics.FILE).read_bytes() == before
+
+
+def test_one_run_at_a_time_in_a_workdir(whole, tmp_path):
+    """Another run is refused while one is there, also before its first save, and touches nothing."""
+    other = dataclasses.replace(CONFIG, seed=CONFIG.seed + 1)
+
+    def previews(step, params):
+        with pytest.raises(UserError, match="is being written to by another process"):
+            train(tmp_path, other)
+        return {}
+
+    assert train(tmp_path, with_training(preview_every=3), previews=previews) == (6, 0)
+    assert from_json(json.loads((tmp_path / "config.json").read_text())).seed == CONFIG.seed
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path)[0], state_of(whole)[0])
+
+
+def test_a_run_that_another_overtook_does_not_begin(tmp_path, monkeypatch):
+    """It looked for checkpoints, and when it could write another run had come and gone."""
+    first_state = loop._first_state
+
+    def slowly(*arguments):
+        monkeypatch.undo()
+        train(tmp_path, with_training(steps=2))
+        return first_state(*arguments)
+
+    monkeypatch.setattr(loop, "_first_state", slowly)
+    with pytest.raises(UserError, match="Another run wrote checkpoints into"):
+        train(tmp_path)
+    assert state_of(tmp_path)[0].step == 2
 
 
 def test_previews_are_called_at_fixed_steps_with_the_average(tmp_path):
