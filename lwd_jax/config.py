@@ -196,7 +196,9 @@ _UNUSED_OF_ADAPTER = {
 }
 _DEFAULTS = Config()
 _INF = math.inf
+_SEEDS = 2**32  # jax.random.key reads 32 bits of a seed
 _RANGES = {  # field -> (lowest, highest, bounds are excluded)
+    "seed": (0, _SEEDS - 1, False),
     "resolution": (16, _INF, False),
     "data.batch_size": (1, _INF, False),
     "data.workers": (0, _INF, False),
@@ -212,6 +214,7 @@ _RANGES = {  # field -> (lowest, highest, bounds are excluded)
     "reconstruction.beta": (0, _INF, False),
     "reconstruction.lpips": (0, _INF, False),
     "optimizer.learning_rate": (0, _INF, True),
+    "optimizer.eps": (0, _INF, True),
     "optimizer.weight_decay": (0, _INF, False),
     "optimizer.clip": (0, _INF, False),
     "optimizer.warmup": (0, _INF, False),
@@ -246,13 +249,19 @@ def _convert(spec: dataclasses.Field, value: Any, name: str):
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
         kind = {tuple[int, ...]: int, tuple[float, ...]: float}.get(spec.type, str)
         value = [float(part) if kind is float and type(part) is int else part for part in value]
-        if wrong := next((part for part in value if type(part) is not kind), None):
-            raise UserError(f"Config field '{name}' holds values of type {kind.__name__}, but {wrong!r} was given.")
-        return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        if wrong := [part for part in value if type(part) is not kind]:
+            raise UserError(f"Config field '{name}' holds values of type {kind.__name__}, but {wrong[0]!r} was given.")
+        return tuple(_finite(part, name) for part in value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
     if type(value) is not type(default):
         raise UserError(f"Config field '{name}' must be of type {type(default).__name__}, but {value!r} was given.")
+    return _finite(value, name)
+
+
+def _finite(value: Any, name: str):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"Config field '{name}' must be a finite number, but it is {value}.")
     return value
 
 
@@ -282,7 +291,7 @@ def _check(config: Config) -> None:
         if _get(config, name) != _get(_DEFAULTS, name):
             raise UserError(f"Config '{name}' has no effect in stage {config.stage}; remove it.")
     _check_adapter(config)
-    for name in ("training.ema", "adapter.dropout"):
+    for name in ("training.ema", "adapter.dropout", "optimizer.b1", "optimizer.b2"):
         if not 0 <= _get(config, name) < 1:
             raise UserError(f"Config field '{name}' must lie in [0, 1), but it is {_get(config, name)}.")
     for name, (low, high, strict) in _RANGES.items():
@@ -305,6 +314,12 @@ def _check(config: Config) -> None:
         raise UserError(f"models.ntk must be two positive factors, of rows and columns, not {config.models.ntk}.")
     if list(vars(config.mesh).values()).count(-1) > 1:
         raise UserError("Only one axis of 'mesh' can be -1 (what is left).")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError if a seed is none that jax.random.key reads whole."""
+    if not 0 <= seed < _SEEDS:
+        raise UserError(f"The seed must lie in [0, {_SEEDS - 1}], but it is {seed}.")
 
 
 def load_config(values: Any) -> Config:

@@ -48,13 +48,34 @@ def read_text(path: Path) -> str:
         raise UserError(f"The file '{path}' is not UTF-8 text.") from error
 
 
-def read_json(path: Path):
-    """What a JSON file holds.
+def read_json(path: Path, kind: type = dict):
+    """What a JSON file holds, which must be of a kind: an object, or an array (list).
 
     Raises:
-      UserError: it is not JSON, is cut off, or names something twice; with the file's name.
+      UserError: it is not JSON, is cut off, is of another kind or names something twice; with the file's name.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except ValueError as error:  # a UserError is one
         raise UserError(f"{path} is not sound JSON: {error}.") from error
+    if not isinstance(value, kind):
+        wanted = {dict: "a JSON object", list: "a JSON array"}[kind]
+        raise UserError(f"The file '{path}' must hold {wanted}, but holds a {type(value).__name__}.")
+    return value
+
+
+def check_unicode(text: str, what: str) -> str:
+    """The text itself.
+
+    Args:
+      text: from a command line or a JSON file, which can hold half of a surrogate pair: no text that can be written.
+      what: it is, for the sentence.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not Unicode text: {text!a}.") from error
+    return text

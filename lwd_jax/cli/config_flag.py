@@ -19,13 +19,6 @@ def _value(text: str):
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _from_json(file: Path) -> dict:
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"The config file '{file}' must hold a JSON object, but holds a {type(values).__name__}.")
-    return values
-
-
 def _broken(file: Path, error: Exception) -> UserError:
     """What went wrong in a config file, and on which of its lines."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
@@ -53,7 +46,7 @@ def _from_python(file: Path) -> dict:
     return values.to_dict()
 
 
-_READERS = {".json": _from_json, ".py": _from_python}
+_READERS = {".json": read_json, ".py": _from_python}
 
 
 def read_config(path: str, overrides: list[str]) -> Config:

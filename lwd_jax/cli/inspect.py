@@ -21,7 +21,7 @@ from PIL import Image
 from lwd_jax.autoencoders.kl import scale
 from lwd_jax.cli.models_flag import open_given
 from lwd_jax.cli.progress import progress
-from lwd_jax.config import Matching
+from lwd_jax.config import Matching, check_seed
 from lwd_jax.data.pictures import Rejected, decode, from_uint8, standardise
 from lwd_jax.errors import UserError
 from lwd_jax.evaluate.spectrum import block_mean, high_frequency_share, latent_spectrum, rgb_reference
@@ -80,6 +80,7 @@ def _check(args) -> None:
         if not locate(image).is_file():
             kind = "is a folder; name pictures" if locate(image).is_dir() else "is not there"
             raise UserError(f"The picture '{image}' {kind}.")
+    check_seed(args.seed)
     if not 0 < args.floor < 1:
         raise UserError(f"--floor must lie in (0, 1), but it is {args.floor:g}.")
     for t in args.times:

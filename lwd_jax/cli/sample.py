@@ -5,6 +5,7 @@ start from the latents of a PyTorch run instead, save them ([N, C, h, w]) and na
 """
 
 import dataclasses
+import re
 import shlex
 
 import jax
@@ -70,10 +71,10 @@ def _prompts(args) -> tuple[str, ...]:
 
 def _size(text: str) -> tuple[int, int]:
     """(width, height) of "1024" or "1536x1024"."""
-    width, _, height = text.lower().partition("x")
-    if not width.isdecimal() or not (height or width).isdecimal():
+    found = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text.lower())
+    if not found:
         raise UserError(f"Write --resolution as a side in px or as WIDTHxHEIGHT, not as '{text}'.")
-    return int(width), int(height or width)
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _request(args, models) -> Request:

@@ -4,7 +4,7 @@ import json
 
 from etils.epath import Path
 
-from lwd_jax.errors import UserError, read_text
+from lwd_jax.errors import UserError, check_unicode, read_text
 from lwd_jax.files import files_in
 
 SOURCES = ("auto", "txt", "json", "metadata")
@@ -28,20 +28,27 @@ def _captions(value: dict, where: str) -> tuple[str, ...]:
             found = value[field] if isinstance(value[field], list) else [value[field]]
             if not all(isinstance(caption, str) for caption in found):
                 raise UserError(f"In the caption file {where} the field '{field}' is neither text nor a list of texts.")
-            return tuple(" ".join(caption.split()) for caption in found if caption.strip())
+            what = f"A caption in {where}"
+            return tuple(check_unicode(" ".join(caption.split()), what) for caption in found if caption.strip())
     return ()
 
 
+def _beside(picture: Path, suffix: str) -> Path | None:
+    """The file of that suffix, in small letters or capitals, that belongs to a picture."""
+    paths = (picture.with_suffix(suffix), picture.with_suffix(suffix.upper()))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _from_txt(picture: Path) -> tuple[str, ...]:
-    path = picture.with_suffix(".txt")
-    if not path.is_file():
+    path = _beside(picture, ".txt")
+    if path is None:
         return ()
     return tuple(" ".join(line.split()) for line in read_text(path).split("\n") if line.strip())
 
 
 def _from_json(picture: Path) -> tuple[str, ...]:
-    path = picture.with_suffix(".json")
-    return _captions(_parse(read_text(path), f"'{path}'"), f"'{path}'") if path.is_file() else ()
+    path = _beside(picture, ".json")
+    return _captions(_parse(read_text(path), f"'{path}'"), f"'{path}'") if path is not None else ()
 
 
 def _metadata(root: Path) -> dict[Path, tuple[str, ...]]:

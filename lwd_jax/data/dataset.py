@@ -1,7 +1,7 @@
 """The one dataset format: standard pictures with their captions.
 
-A dataset is a folder that tensorflow-datasets reads (`tfds.builder_from_directory`), and beside it `index.npz` (sizes
-and hashes and captions of all records, for which no picture need be read) and `prepared.json` (what was left out, and why).
+A dataset is a folder that tensorflow-datasets reads (`tfds.builder_from_directory`), and beside it `index.npz` (sizes,
+hashes and captions of all records, for which no picture need be read) and `prepared.json` (what was left out, and why).
 """
 
 import hashlib

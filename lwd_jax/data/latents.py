@@ -129,6 +129,7 @@ def _packed(name: str, values: np.ndarray, storage: str) -> np.ndarray:
 def _encode_texts(store: Store, captions: list[str], text: TextEncoder, storage: str, on_progress) -> tuple[int, int]:
     wanted = {text_key(caption, text.fingerprint, storage): caption for caption in captions}
     missing = [(key, caption) for key, caption in wanted.items() if key not in store.keys]
+    text.tell_of_longer([caption for _, caption in missing])
     for start in range(0, len(missing), TEXT_BATCH):
         chunk = missing[start : start + TEXT_BATCH]
         states = text.encode([caption for _, caption in chunk])
@@ -279,8 +280,8 @@ def _makers(metadata: dict) -> dict:
 
 def _read_metadata(folder: Path) -> dict:
     metadata = read_json(folder / METADATA)
-    found = metadata.get("format") if isinstance(metadata, dict) else None
-    if found != FORMAT:
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format")
         raise UserError(f"The latents in '{folder}' have format {found}, but this version reads {FORMAT}.")
     return metadata
 

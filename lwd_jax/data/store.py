@@ -38,7 +38,7 @@ class Store:
         self.keys: dict[str, tuple[int, int]] = {}
         self._part = 0
         for part in existing_parts(folder):
-            keys = read_json(folder / part_name(part) / KEYS)
+            keys = read_json(folder / part_name(part) / KEYS, list)
             self.keys |= {key: (part, row) for row, key in enumerate(keys)}
             self._part = part + 1
         self._waiting: dict[str, dict] = {}

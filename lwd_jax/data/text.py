@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ SD3_WIDTH = 4096  # of T5-XXL; taken where neither T5 nor a transformer/config.j
 _HASHED = (".safetensors", ".json", ".txt", ".model")  # what a text encoder's output depends on
 _CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # of SD3; FLUX's second is a T5
 _T5 = ("text_encoder_3", "tokenizer_3")
+log = logging.getLogger(__name__)
 
 
 class States(NamedTuple):
@@ -38,6 +40,7 @@ class TextEncoder:
       settings: what it was opened with, besides its folder; `open_text_encoder` takes them back.
       notice: one sentence for the user about what it is.
       encode: captions -> States.
+      longer: captions -> how many do not fit, by what they do not fit into: {"CLIP's 77 tokens": 3}.
     """
 
     kind: str
@@ -48,16 +51,32 @@ class TextEncoder:
     settings: dict
     notice: str
     encode: Callable[[list[str]], States]
+    longer: Callable[[list[str]], dict[str, int]]
 
     def describe(self) -> dict:
         """What is written beside latents and exported models; a JSON object that `open_text_encoder` reads."""
         names = ("kind", "fingerprint", "length", "width", "pooled", "settings")
         return {name: getattr(self, name) for name in names}
 
+    def tell_of_longer(self, captions: list[str]) -> None:
+        """Warns of captions whose ends are not read."""
+        for room, count in self.longer(captions).items():
+            if count:
+                log.warning(
+                    "%d of %d captions are longer than %s: their ends are not read.", count, len(captions), room
+                )
+
 
 def _signs(word: str, width: int) -> np.ndarray:
     bits = np.frombuffer(hashlib.shake_256(word.encode()).digest(-(-width // 8)), np.uint8)
     return np.unpackbits(bits)[:width].astype(np.float32) * 2 - 1
+
+
+def _check_sizes(*sizes: int) -> None:
+    if min(sizes) < 1:
+        raise UserError(
+            f"Text states must have at least one token and a width of at least 1, but {min(sizes)} is asked."
+        )
 
 
 def hashed_words(folder: Path | None, length: int = 32, width: int = 128, pooled: int = 128) -> TextEncoder:
@@ -69,15 +88,25 @@ def hashed_words(folder: Path | None, length: int = 32, width: int = 128, pooled
 
     Args:
       folder: not read.
+
+    Raises:
+      UserError: a size below 1.
     """
+    _check_sizes(length, width, pooled)
+
+    def words_of(caption: str) -> list[str]:
+        stripped = (word.strip(".,;:!?\"'()[]") for word in caption.lower().split())
+        return ["", *filter(None, stripped)]
+
+    def longer(captions: list[str]) -> dict[str, int]:
+        return {f"{length - 1} words": sum(len(words_of(caption)) > length for caption in captions)}
 
     def encode(captions: list[str]) -> States:
         tokens = np.zeros((len(captions), length, width), np.float32)
         mask = np.zeros((len(captions), length), np.float32)
         vectors = np.zeros((len(captions), pooled), np.float32)
         for row, caption in enumerate(captions):
-            stripped = (word.strip(".,;:!?\"'()[]") for word in caption.lower().split())
-            words = ["", *filter(None, stripped)][:length]
+            words = words_of(caption)[:length]
             mask[row, : len(words)] = 1
             for place, word in enumerate(words):
                 tokens[row, place] = _signs(f"token {word}", width)
@@ -94,6 +123,7 @@ def hashed_words(folder: Path | None, length: int = 32, width: int = 128, pooled
         settings={"length": length, "width": width, "pooled": pooled},
         notice="hashed_words tells words apart but knows nothing of their meaning: a stand-in for a text encoder.",
         encode=encode,
+        longer=longer,
     )
 
 
@@ -147,6 +177,10 @@ def _ids(captions: list[str], model, tokenizer, length: int):
     """Token numbers, cut and padded to `length`, where the model is."""
     padded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return padded.input_ids.to(model.device)
+
+
+def _longer(captions: list[str], tokenizer, length: int) -> int:
+    return sum(len(ids) > length for ids in tokenizer(captions).input_ids)
 
 
 def _numpy(states) -> np.ndarray:
@@ -232,6 +266,7 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
     Raises:
       UserError: the extra [text] is not installed; a folder is missing, or is not what it should be.
     """
+    _check_sizes(max_length)
     folder = _checked("SD3's", folder)
     has_t5 = (folder / _T5[0]).is_dir()
     parts = _parts("SD3's", folder, (*_CLIPS, _T5) if has_t5 else _CLIPS)
@@ -250,6 +285,10 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
     def encode(captions: list[str]) -> States:
         return _sd3_states(captions, clips, t5, clip_length, max_length, width)
 
+    def longer(captions: list[str]) -> dict[str, int]:
+        found = {f"CLIP's {clip_length} tokens": _longer(captions, clips[0][1], clip_length)}
+        return found | ({f"T5's {max_length} tokens": _longer(captions, t5[1], max_length)} if t5 else {})
+
     return TextEncoder(
         kind="sd3",
         fingerprint=_fingerprint("sd3", folder, parts, settings),
@@ -259,6 +298,7 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
         settings=settings,
         notice=f"SD3's text encoders from '{folder}'{'' if t5 else ', without T5 (its states are zeros)'}.",
         encode=encode,
+        longer=longer,
     )
 
 
@@ -275,6 +315,7 @@ def flux(folder: Path | None, max_length: int = 512, dtype: str = "float32") -> 
     Raises:
       UserError: the extra [text] is not installed; a folder is missing, or is not what it should be.
     """
+    _check_sizes(max_length)
     folder = _checked("FLUX's", folder)
     parts = _parts("FLUX's", folder, _CLIPS)
     pair = _opener("FLUX's", folder, dtype)
@@ -288,6 +329,11 @@ def flux(folder: Path | None, max_length: int = 512, dtype: str = "float32") -> 
         tokens = _numpy(t5[0](_ids(captions, *t5, max_length))[0])
         return States(tokens, np.ones(tokens.shape[:2], np.float32), pooled)
 
+    def longer(captions: list[str]) -> dict[str, int]:
+        room = clip[1].model_max_length
+        rooms = {f"CLIP's {room} tokens": (clip[1], room), f"T5's {max_length} tokens": (t5[1], max_length)}
+        return {name: _longer(captions, *how) for name, how in rooms.items()}
+
     return TextEncoder(
         kind="flux",
         fingerprint=_fingerprint("flux", folder, parts, settings),
@@ -297,6 +343,7 @@ def flux(folder: Path | None, max_length: int = 512, dtype: str = "float32") -> 
         settings=settings,
         notice=f"FLUX's text encoders from '{folder}'.",
         encode=encode,
+        longer=longer,
     )
 
 

@@ -131,8 +131,8 @@ class Dense(nn.Module):
         return total(parts, kernel).astype(out_dtype)
 
     def _product(self, x, kernel, out_dtype):
-        # With more than one axis of rows XLA:CPU transposes a copy of the result's gradient for the kernel's, a tenth of
-        # a step's time. Over `context` the rows of a picture lie apart and cannot be one axis with those of the next.
+        # With more than one axis of rows XLA:CPU transposes a copy of the result's gradient for the kernel's, a tenth
+        # of a step's time. Over `context` the rows of a picture lie apart and cannot be one axis with those of the next.
         one_axis = platform() == "cpu" and axis_size("context") == 1
         rows = x.reshape(-1, x.shape[-1]) if one_axis else x
         y = lax.dot_general(

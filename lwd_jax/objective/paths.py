@@ -103,8 +103,8 @@ def dynamic_shift(tokens: int) -> float:
     shift = math.exp(0.5 + slope * (tokens - 256))
     if tokens > 1.25 * 4096:  # more than any aspect bucket of 1024 px has
         log.warning(
-            "FLUX's dynamic shift is %.4g for %d tokens, which moves half of all times above %.4f: it is meant for up to "
-            "1024 px. Set a static one (lwd sample --shift 3; matching.shift_rule and sampling.shift_rule static).",
+            "FLUX's dynamic shift is %.4g for %d tokens, which moves half of all times above %.4f: it is meant for up "
+            "to 1024 px. Set a static one (lwd sample --shift 3; matching.shift_rule and sampling.shift_rule static).",
             shift, tokens, shift / (shift + 1),
         )  # fmt: skip
     return shift

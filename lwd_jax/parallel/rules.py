@@ -33,8 +33,8 @@ WEIGHT_AXES = ("fsdp", "context")
 # Dense kernels are [.., in, out]: `tensor` splits the axis that is made of heads or hidden units, so that a pair (q k v
 # -> out, up -> down) needs one sum over `tensor`, and WEIGHT_AXES split the other. Along [in], as the others, out and
 # down would make a chip send nearly twice as much (SD3-medium at 1024 px on v5e:4x4: 19.7 GB a step instead of 10.9).
-# Of the factors of an adapter, [.., in, r] and [.., r, out], the long axis is split. Convolutions are [kh, kw, in, out];
-# over `context` lie the rows that they read.
+# Of the factors of an adapter, [.., in, r] and [.., r, out], the long axis is split. Convolutions are [kh, kw, in,
+# out]; over `context` lie the rows that they read.
 _COLUMN = ((WEIGHT_AXES, "tensor"), (WEIGHT_AXES, None), (None, WEIGHT_AXES))
 _ROW = (("tensor", WEIGHT_AXES), (None, WEIGHT_AXES), (WEIGHT_AXES, None))
 _PLAIN = ((WEIGHT_AXES, None), (None, WEIGHT_AXES))

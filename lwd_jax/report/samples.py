@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from lwd_jax import config as configs
-from lwd_jax.config import Sampling
+from lwd_jax.config import Sampling, check_seed
 from lwd_jax.data.text import TextEncoder
-from lwd_jax.errors import UserError
+from lwd_jax.errors import UserError, check_unicode
 from lwd_jax.files import locate
 from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.parallel.mesh import batch_parts, make_mesh, over
@@ -65,6 +66,12 @@ class Request:
             raise UserError(f"Pictures must measure multiples of {SIZE_UNIT} px, but {size} was asked for.")
         if self.batch < 1:
             raise UserError(f"At least one picture at a time must be sampled, but the batch is {self.batch}.")
+        check_seed(self.seed)
+        for name in ("guidance", "embedded_guidance", "shift"):
+            if not math.isfinite(getattr(self.sampling, name)):
+                raise UserError(f"The {name.replace('_', ' ')} is {getattr(self.sampling, name)}: no finite number.")
+        for prompt in (*self.prompts, self.negative):
+            check_unicode(prompt, "The prompt")
         sigmas(self.sampling.steps, self.sampling.shift)  # says now what is wrong, before the models are read
 
 
@@ -91,7 +98,7 @@ def read_noise(path: str) -> np.ndarray:
     """Latents from PyTorch, [N C h w], in a .npy file or alone in a .safetensors file -> [N h w C] float32.
 
     Raises:
-      UserError: no such file, another kind of file, not one tensor with four axes.
+      UserError: no such file, another kind of file, not one tensor with four axes, values that are not finite.
     """
     file = locate(path)
     if not file.is_file():
@@ -108,12 +115,16 @@ def read_noise(path: str) -> np.ndarray:
         raise UserError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if len(tensors) != 1 or tensors[0].ndim != 4:
         raise UserError(f"'{path}' must hold one tensor of latents, [pictures, channels, height, width].")
-    return np.ascontiguousarray(tensors[0].transpose(0, 2, 3, 1), dtype=np.float32)
+    noise = np.ascontiguousarray(tensors[0].transpose(0, 2, 3, 1), dtype=np.float32)
+    if not np.isfinite(noise).all():
+        raise UserError(f"'{path}' holds values that are not finite.")
+    return noise
 
 
 def encode_prompts(encoder: TextEncoder, request: Request) -> tuple[Conditioning, Conditioning]:
     """Text states, on the host: of every prompt [N ..], and of the negative one [1 ..]."""
     captions = list(dict.fromkeys((*request.prompts, request.negative)))
+    encoder.tell_of_longer(captions)
     states = encoder.encode(captions)
 
     def of(wanted):

@@ -118,6 +118,8 @@ def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
         (["--batch-size", "0", "--text", "hashed_words"], "one picture at a time"),
         (["--mesh", "3,1,1,1"], "A batch of 2 pictures does not divide over data x fsdp = 3"),
         (["--mesh", "1,1,9,1"], "takes 9 devices, but 8 are here"),
+        (["--text", "hashed_words", "--text-length", "0"], "at least one token"),
+        (["--text", "hashed_words", "--text-width", "-3"], "at least one token"),
         (["--text", "hashed_words", "--out", "IMAGES"], "choose another --out"),
     ],
 )

@@ -124,6 +124,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(photograph, tmp_path, capsy
         (picture, "--levels", 9): "has no 9 wavelet levels",
         (picture, "--floor", 1.2): "--floor must lie in (0, 1), but it is 1.2",
         (picture, "--floor", 0): "--floor must lie in (0, 1), but it is 0",
+        (picture, "--seed", 2**70): "The seed must lie in [0, 4294967295]",
         (picture, "--times", 0.5, 3): "one is 3",
         (picture, "--source", "noisy"): "needs --models",
         (picture, "--autoencoder", tmp_path): "name the folder with --models instead",

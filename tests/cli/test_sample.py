@@ -92,6 +92,16 @@ def test_a_mesh_draws_the_same_pictures(run, tmp_path, mesh, size):
         ({"--mesh": "1,2,4,1"}, "A batch of 1 pictures does not divide over data x fsdp = 2 devices."),
         ({"--resolution": "1000"}, "Pictures must measure multiples of 16 px, but 1000 x 1000 was asked for."),
         ({"--resolution": "64y32"}, "Write --resolution as a side in px or as WIDTHxHEIGHT, not as '64y32'."),
+        ({"--resolution": "128x"}, "not as '128x'."),
+        ({"--resolution": "128x64x32"}, "not as '128x64x32'."),
+        ({"--seed": str(2**32)}, "The seed must lie in [0, 4294967295], but it is 4294967296."),
+        ({"--seed": "-1"}, "The seed must lie in [0, 4294967295], but it is -1."),
+        ({"--guidance": "nan"}, "The guidance is nan: no finite number."),
+        ({"--guidance": "inf"}, "The guidance is inf: no finite number."),
+        ({"--embedded-guidance": "nan"}, "The embedded guidance is nan: no finite number."),
+        ({"--shift": "inf"}, "The shift is inf: no finite number."),
+        ({"--prompt": "half \udcff"}, r"The prompt is not Unicode text: 'half \udcff'."),
+        ({"--negative": "\ud800"}, r"The prompt is not Unicode text: '\ud800'."),
         ({"--prompt": None}, "There is nothing to draw: give --prompt or --prompt-file."),
         ({"--prompt-file": "gone.txt"}, "There is no file 'gone.txt'."),
         ({"--solver": "huen"}, "There is no solver 'huen'. Did you mean 'heun'?"),
@@ -141,6 +151,9 @@ def test_latents_that_do_not_fit_are_named(run, tmp_path, capsys):
         assert status(name) == 2
         error = capsys.readouterr().err
         assert f"{name}' cannot be read: " in error and error.count("\n") == 1, error
+    np.save(tmp_path / "nan.npy", np.full((1, 4, 6, 6), np.nan, np.float32))
+    assert status("nan.npy") == 2
+    assert "nan.npy' holds values that are not finite" in capsys.readouterr().err
     (tmp_path / "noise.pt").touch()
     assert status("noise.pt") == 2
     assert "noise.pt' is neither" in capsys.readouterr().err

@@ -59,6 +59,8 @@ def test_json_fields(tmp_path, field, value, expected):
         ("p.json", b"{", "not valid JSON"),
         ("p.json", b"[1]", "JSON object"),
         ("p.json", b'{"caption": 3}', "'caption'"),
+        ("p.json", b'{"caption": "half \\ud800"}', r"is not Unicode text: 'half \\ud800'"),
+        ("metadata.jsonl", b'{"file_name": "p.png", "text": ["a", "\\udfff"]}', "line 1, is not Unicode text"),
         ("metadata.jsonl", b'{"file_name": "p.png", "text": "x"}\n{"text": "x"}', "line 2"),
     ],
 )
@@ -68,6 +70,12 @@ def test_broken_caption_files_are_named(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words) as caught:
         find_captions(tmp_path, [tmp_path / "p.png"])
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name, content", [("p.TXT", "found"), ("p.JSON", '{"text": "found"}')])
+def test_suffixes_in_capitals(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert find_captions(tmp_path, [tmp_path / "p.JPG"]) == [("found",)]
 
 
 def test_a_line_of_text_may_hold_it_too(tmp_path):

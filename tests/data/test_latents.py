@@ -327,7 +327,7 @@ def test_damaged_records_are_named(root, store, cut):
 def test_metadata_of_something_else(root, content):
     encode(root, dataset_of(root), Toy())
     (root / "latents" / "metadata.json").write_text(content)
-    with pytest.raises(UserError, match="have format|is damaged"):
+    with pytest.raises(UserError, match="have format|is damaged|must hold a JSON object"):
         open_latents(root / "latents")
 
 

@@ -37,6 +37,25 @@ def test_hashed_words_are_pinned_and_say_what_they_are():
     assert encoder.fingerprint != hashed_words(None, length=31).fingerprint
 
 
+@pytest.mark.parametrize("count", [7, 8, 9])
+def test_hashed_words_tell_of_words_they_do_not_read(count, caplog):
+    encoder = hashed_words(None, length=9)
+    captions = [" ".join(["fox"] * (count - 1) + [last]) for last in ("fox", "hen")]
+    unread = count > 8
+    first, second = encoder.encode(captions).tokens
+    assert (first == second).all() == unread
+    assert encoder.longer([*captions, "fox"]) == {"8 words": 2 * unread}
+    encoder.tell_of_longer([*captions, "fox"])
+    told = ["2 of 3 captions are longer than 8 words: their ends are not read."]
+    assert caplog.messages == (told if unread else [])
+
+
+@pytest.mark.parametrize("size", [{"length": 0}, {"width": -1}, {"pooled": 0}])
+def test_hashed_words_of_no_size(size):
+    with pytest.raises(UserError, match="at least one token"):
+        hashed_words(None, **size)
+
+
 def test_a_description_opens_the_same_encoder():
     encoder = hashed_words(None, length=9, width=24, pooled=40)
     again = open_text_encoder(json.loads(json.dumps(encoder.describe())))
@@ -150,6 +169,8 @@ def test_equal_to_the_diffusers_pipeline(folder, tmp_path, with_t5):
     np.testing.assert_allclose(states.tokens, tokens.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(states.pooled, pooled.numpy(), rtol=1e-5, atol=1e-6)
     assert (states.mask == 1).all() and (encoder.length, encoder.width, encoder.pooled) == (141, 48, 32)
+    rooms = {"CLIP's 77 tokens": 1} | ({"T5's 64 tokens": 1} if with_t5 else {})
+    assert encoder.longer(CAPTIONS) == rooms and set(encoder.longer(CAPTIONS[:3]).values()) == {0}
     # The captions differ in every part that is there, so that equality above means something.
     assert np.ptp(states.tokens[:3, :77, :40], axis=0).max() > 0.1 and np.ptp(states.pooled[:3], axis=0).max() > 0.1
     assert (np.ptp(states.tokens[:3, 77:], axis=0).max() > 0.1) == with_t5
@@ -243,6 +264,7 @@ def test_flux_equals_the_diffusers_pipeline(flux_folder, folder):
     assert (encoder.length, encoder.width, encoder.pooled) == (40, 48, 16) and states.mask.all()
     np.testing.assert_allclose(states.tokens, tokens.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(states.pooled, pooled.numpy(), rtol=1e-5, atol=1e-6)
+    assert encoder.longer(CAPTIONS) == {"CLIP's 77 tokens": 1, "T5's 40 tokens": 1}
     assert (kind_of(flux_folder), kind_of(folder)) == ("flux", "sd3")
     again = open_text_encoder(json.loads(json.dumps(encoder.describe())), flux_folder)
     assert again.fingerprint == encoder.fingerprint != flux(flux_folder, max_length=41).fingerprint
