@@ -4,9 +4,11 @@ Traps of TFDS without TensorFlow: a picture goes in as encoded bytes and comes o
 more than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a uint16 view.
 """
 
+import contextlib
 import functools
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -46,7 +48,11 @@ def unpack(stored: np.ndarray, storage: str) -> np.ndarray:
 
 
 def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict]) -> int:
-    """Writes the rows as a TFDS dataset `name` with the one split SPLIT into an existing folder; their number."""
+    """Writes the rows as a TFDS dataset `name` with the one split SPLIT into an existing folder; their number.
+
+    Raises:
+      UserError: they cannot be written; is the disk full?
+    """
     identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=os.fspath(folder), module_name=__name__
     )
@@ -55,16 +61,30 @@ def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict])
     )
     writer = sequential_writer.SequentialWriter(info, RECORDS_PER_FILE, file_format="array_record")
     writer.initialize_splits([SPLIT])
-    count, waiting = 0, []
-    for row in rows:
-        waiting.append(row)
-        count += 1
-        if len(waiting) == RECORDS_PER_CALL:
-            writer.add_examples({SPLIT: waiting})
-            waiting = []
-    writer.add_examples({SPLIT: waiting})
-    writer.close_all()
+    count = 0
+    for chunk in _chunks(rows, RECORDS_PER_CALL):
+        count += len(chunk)
+        with _written_to(folder):
+            writer.add_examples({SPLIT: chunk})
+    with _written_to(folder):
+        writer.close_all()
     return count
+
+
+def _chunks(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    """Lists of `size` rows, the last one of what is left; itertools.batched from Python 3.12 on."""
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+@contextlib.contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """ArrayRecord says what the system refused it in a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"The records in {folder} cannot be written ({str(error).split(';')[0]}).") from error
 
 
 def check_described(folder: Path) -> None:

@@ -194,6 +194,7 @@ class Checkpoints:
         self.folder = absolute(locate(workdir)) / FOLDER
         self._keep = keep
         self._unsealed: int | None = None
+        self._failed = False
         self._sealing: threading.Thread | None = None
         self._open()
 
@@ -233,7 +234,8 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except (OSError, ValueError) as error:
-                what, self._unsealed = f"The checkpoint of step {self._unsealed}", None
+                self._failed = True
+                what = f"The checkpoint of step {self._unsealed}"
                 raise UserError(f"{what} could not be written to {self.folder}: {error}.") from error
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
             if jax.process_index() == 0:
@@ -255,9 +257,11 @@ class Checkpoints:
             raise UserError(f"The checkpoint of step {step} is not in {self.folder}; is the disk full?")
 
     def close(self) -> None:
-        """Waits for what is being written and ends the background threads."""
-        self.seal(wait=True)
-        self._manager.close()
+        """Waits for what is being written and ends the background threads. A failure that was told is not told again."""
+        if not self._failed:
+            self.seal(wait=True)
+        with contextlib.suppress(OSError, ValueError) if self._failed else contextlib.nullcontext():
+            self._manager.close()
 
     def preempted(self, step: int) -> bool:
         """Whether a multi-host job has been told to stop (all hosts agree on the step)."""

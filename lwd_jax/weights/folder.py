@@ -151,7 +151,10 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], limi
     files: list[tuple[Path, dict[str, int]]] = []
     for number, group in enumerate(_shards(tensors, limit, dtype)):
         path = folder / f"{number}.partial"
-        save_file(group, path, metadata={"format": "pt"})
+        try:
+            save_file(group, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"Weights cannot be written to {folder} ({error}).") from error
         files.append((path, {name: tensor.nbytes for name, tensor in group.items()}))
     if len(files) == 1:
         files[0][0].rename(folder / f"{STEM}.safetensors")

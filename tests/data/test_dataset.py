@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from full_disk import full_disk
 from PIL import Image
 
 from lwd_jax.data import records
@@ -72,6 +73,12 @@ def test_duplicates_and_unreadable_pictures_are_left_out_and_listed(folder):
     report = json.loads((folder / "dataset" / "prepared.json").read_text())
     assert report["rejects"] == [list(reject) for reject in summary.rejects]
     assert len(open_dataset(folder / "dataset")) == 7
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(folder):
+    with full_disk(10_000), pytest.raises(UserError, match="records in .* cannot be written"):
+        write(folder)
+    assert [path.name for path in folder.iterdir()] == ["images"]
 
 
 def test_of_copies_one_with_a_caption_is_kept(folder):

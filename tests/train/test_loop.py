@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from full_disk import full_disk
 from toy_stage import ToyBatches, toy_batch, toy_config, toy_stage
 
 from lwd_jax import config as configs
@@ -90,6 +91,12 @@ def test_a_finished_run_does_nothing_more(whole):
     before = (whole / metrics.FILE).read_bytes()
     assert train(whole, batches=None) == (6, 0)
     assert (whole / metrics.FILE).read_bytes() == before
+
+
+def test_a_full_disk_names_the_step(tmp_path):
+    with full_disk(9_000), pytest.raises(UserError, match="The checkpoint of step 2 could not be written to"):
+        train(tmp_path)
+    assert train(tmp_path) == (6, 0)
 
 
 def test_one_run_at_a_time_in_a_workdir(whole, tmp_path):

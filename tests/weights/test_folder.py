@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from full_disk import full_disk
 from safetensors.numpy import save_file
 
 from lwd_jax.errors import UserError
@@ -64,6 +65,12 @@ def test_nothing_half_written(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_folder(tmp_path / "x", CONFIG, broken(), max_shard_bytes=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    with full_disk(10), pytest.raises(UserError, match="Weights cannot be written to"):
+        write_folder(tmp_path / "x", CONFIG, some().items())
     assert not list(tmp_path.iterdir())
 
 
