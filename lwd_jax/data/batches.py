@@ -6,6 +6,9 @@ for any number of worker processes and hosts, and after a restart at any place.
 
 import hashlib
 import logging
+import multiprocessing
+import os
+import threading
 
 import grain
 import grain.experimental
@@ -83,6 +86,18 @@ def _latent_example(latents: Latents, number: int, states) -> dict:
     return {"mean": mean, "std": std, "tokens": states.tokens, "token_mask": states.mask, "pooled": states.pooled}
 
 
+def _end_with_parent() -> None:
+    """Ends a worker process when the one that started it is gone: killed, it could not tell its workers."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class _Source(grain.sources.RandomAccessDataSource):
     """The stream, arranged so that grain's strided shards are the processes' rows of each global batch."""
 
@@ -90,6 +105,10 @@ class _Source(grain.sources.RandomAccessDataSource):
         self.example, self.batch_size = example, batch_size
         rows = np.arange(batch_size).reshape(blocks.size, -1)
         self.order = rows[blocks].reshape(len(blocks), -1).T.reshape(-1)  # row of a batch, one process after another
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        _end_with_parent()  # it is unpickled by worker processes
 
     def __len__(self) -> int:
         return ENDLESS
@@ -132,7 +151,8 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = dict(next(self._iterator))
+        # Copies: a worker's arrays lie in shared memory, which stays behind if the last of them ends with the process.
+        batch = {name: np.array(value) for name, value in next(self._iterator).items()}
         self.replaced += int(batch.pop("replaced").sum())
         return batch
 

@@ -6,6 +6,7 @@ hashes and captions of all records, for which no picture need be read) and `prep
 
 import hashlib
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ INDEX = "index.npz"
 CAPTIONS = "captions"  # in the index: JSON, a list for each record
 REPORT = "prepared.json"
 READERS = 4  # pictures that are decoded at a time, in threads
+log = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
@@ -107,7 +109,7 @@ def held_out(sha256: np.ndarray, count: int) -> np.ndarray:
 
 
 def find_pictures(folder: str | os.PathLike) -> list[Path]:
-    """All picture files under a folder, sorted by their path.
+    """All picture files under a folder, sorted by their path. Of links to folders, which are not followed, it warns.
 
     Raises:
       UserError: there is no such folder, or no picture in it.
@@ -116,6 +118,9 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
     found = [path for path in files_in(root) if path.suffix.lower() in SUFFIXES]
+    links = [parent / name for parent, folders, _ in root.walk() for name in folders if os.path.islink(parent / name)]
+    if links:
+        log.warning("%d links to folders are passed by, such as '%s': give them as --images.", len(links), links[0])
     if not found:
         raise UserError(f"There are no pictures in '{folder}' (known: {', '.join(sorted(SUFFIXES))}).")
     return found

@@ -255,9 +255,12 @@ class WorkdirModels:
 
     def backbone(self, **options):
         """(module, params): the one this run trained; a run of stage 1 has none. Options as of `_read`."""
+        self._check_backbone()
+        return _read(BACKBONE, self.path, self.ema, self.other_base, **options)
+
+    def _check_backbone(self) -> None:
         if self.config.stage == 1:
             raise UserError(f"The run in '{self.path}' is of stage 1: it has an autoencoder, but no backbone.")
-        return _read(BACKBONE, self.path, self.ema, self.other_base, **options)
 
     def describe(self) -> dict:
         """A JSON object that says what was opened."""
@@ -265,7 +268,8 @@ class WorkdirModels:
         return {"path": str(self.path), "name": self.config.name, "weights": "ema" if averaged else "plain"}
 
     def sampling(self) -> Sampling:
-        """The settings to sample with."""
+        """The settings to sample with; a run of stage 1 has none."""
+        self._check_backbone()
         return self.config.sampling
 
     def resolution(self) -> int:

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from lwd_jax import config as configs
 from lwd_jax.adapters.factors import saved as saved_params
 from lwd_jax.errors import UserError, read_json
-from lwd_jax.files import absolute, checksums, files_in, locate, write_whole
+from lwd_jax.files import absolute, checksums, files_in, in_bucket, locate, write_whole
 from lwd_jax.parallel.rules import path_string
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
@@ -49,6 +49,7 @@ HARMLESS = re.compile(
     r"|training\.profile_(start|stop))$"
 )
 
+_PLACES = ("data.dataset", "data.latents", "models.autoencoder", "models.backbone")
 log = logging.getLogger(__name__)
 
 
@@ -137,6 +138,8 @@ def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
     """
     old, new = _fields(configs.from_json(saved)), _fields(config)
     for name in sorted(new):
+        if name in _PLACES and _place(old[name]) == _place(new[name]):
+            continue
         bound = name == "training.steps" and config.optimizer.schedule != "constant"
         # The base of adapters may have moved: its fingerprint says that it is the same.
         moved = name == "models.backbone" and config.adapter.kind != "none"
@@ -145,6 +148,11 @@ def check_same_run(saved: dict, config: configs.Config, where: Path) -> None:
                 f"The run in {where} was started with {name} = {old[name]!r}, but the config now says {new[name]!r}; "
                 "use a new --workdir for another run."
             )
+
+
+def _place(name: str) -> str:
+    """A folder, however it is written."""
+    return name if not name or in_bucket(name) else os.path.realpath(name)
 
 
 def _versions() -> dict[str, str]:

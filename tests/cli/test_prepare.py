@@ -1,5 +1,10 @@
 """`lwd prepare`: what it prints and writes, and the mistakes it names."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,6 +88,21 @@ def test_mistakes_are_one_sentence(images, tmp_path, capsys):
     fails(capsys, images, words=["no pictures"])
     assert main(["prepare", "--images", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_a_command_that_is_told_to_stop_leaves_nothing(tmp_path):
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    for i in range(60):  # to be brought to PNG, each for a while
+        Image.fromarray(noise + np.uint8(i)).save(tmp_path / "images" / f"{i}.bmp")
+    words = ["--images", tmp_path / "images", "--out", tmp_path / "out", "--no-captions"]
+    with subprocess.Popen([sys.executable, "-m", "lwd_jax.cli", "prepare", *words], stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.glob(".out.*.partial")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_no_captions_at_all_is_fine_for_stage_1(images):

@@ -6,13 +6,16 @@ import hashlib
 import json
 import logging
 import re
+import subprocess
+import sys
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from tiny_models import quiet, write_data
 
-from lwd_jax.config import Config, Data, Matching
+from lwd_jax.config import Config, Data, Matching, to_json
 from lwd_jax.data import batches as module
 from lwd_jax.data.batches import IDENTITY, STATE, held_out, held_out_captions, make_batches
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
@@ -48,6 +51,46 @@ def config_of(folder, stage, **data):
     return Config(
         stage=stage, resolution=64, seed=5, data=Data(**{**paths, **data}), matching=Matching(caption_dropout=0.3)
     )
+
+
+READ = """
+import json, sys
+import psutil
+from lwd_jax.config import from_json
+from lwd_jax.data.batches import make_batches
+
+batches = make_batches(from_json(json.loads(sys.argv[1])))
+kept = [next(batches) for _ in range(3)]
+print(json.dumps([child.pid for child in psutil.Process().children(recursive=True)]), flush=True)
+sys.stdin.readline()
+batches.close()
+"""
+
+
+@pytest.fixture
+def reader(folder):
+    """A process that reads batches through two worker processes, and the numbers of its children."""
+    config = to_json(config_of(folder, 2, workers=2))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", READ, config], **pipes) as process:
+        children = [psutil.Process(number) for number in json.loads(process.stdout.readline())]
+        yield process, children
+        process.kill()
+
+
+def test_workers_end_with_a_process_that_is_killed(reader):
+    process, children = reader
+    assert len(children) >= 2 and all(child.is_running() for child in children)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+
+
+def test_no_shared_memory_is_left_behind(reader):
+    process, _ = reader
+    _, said = process.communicate("\n", timeout=60)
+    assert process.returncode == 0 and "leaked" not in said
 
 
 def blocks(hosts):

@@ -81,6 +81,16 @@ def test_a_full_disk_is_told_and_leaves_nothing(folder):
     assert [path.name for path in folder.iterdir()] == ["images"]
 
 
+def test_links_to_folders_are_told_of(folder, caplog):
+    (folder / "images" / "sub").mkdir()
+    find_pictures(folder / "images")
+    assert not caplog.messages
+    save_pictures(folder / "elsewhere", 1)
+    (folder / "images" / "sub" / "link").symlink_to(folder / "elsewhere")
+    assert len(find_pictures(folder / "images")) == 7
+    assert "1 links to folders are passed by, such as" in caplog.text and "sub/link" in caplog.text
+
+
 def test_of_copies_one_with_a_caption_is_kept(folder):
     Image.open(folder / "images" / "p03.png").save(folder / "images" / "q.bmp")
     captions = [("of the copy",) if path.name == "q.bmp" else () for path in find_pictures(folder / "images")]

@@ -22,6 +22,7 @@ from lwd_jax.train.checkpoint import (
     DAMAGED,
     MANIFEST,
     Checkpoints,
+    check_same_run,
     damage,
     params_fingerprint,
     read_params,
@@ -182,6 +183,22 @@ def test_another_run_is_refused_by_name(saved, field, value):
     values = {name: value} if not section else {section: dataclasses.replace(getattr(CONFIG, section), **{name: value})}
     with pytest.raises(UserError, match=f"{field} = .*{value}"):
         restore(saved[0], dataclasses.replace(CONFIG, **values))
+
+
+def test_one_place_may_be_written_in_two_ways(saved, tmp_path, monkeypatch):
+    """A run that began with a relative path goes on with an absolute one, or through a link."""
+    workdir, _ = saved
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").symlink_to(tmp_path)
+
+    def at(name):
+        return dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, latents=name))
+
+    for name in (str(tmp_path / "latents"), "./latents", "here/latents"):
+        check_same_run(dataclasses.asdict(at("latents")), at(name), workdir)
+    for name in ("", "other", "gs://bucket/latents"):
+        with pytest.raises(UserError, match="data.latents = 'latents'"):
+            check_same_run(dataclasses.asdict(at("latents")), at(name), workdir)
 
 
 def test_harmless_changes_are_not_refused(saved):
