@@ -18,8 +18,10 @@ from lwd_jax.errors import UserError
 from lwd_jax.files import locate
 from lwd_jax.parallel import processes
 from lwd_jax.report.previews import make_previews
+from lwd_jax.train.checkpoint import saved_steps
 from lwd_jax.train.loop import Outcome
 from lwd_jax.train.loop import run as loop
+from lwd_jax.train.models import TRAINED
 from lwd_jax.train.setup import make_setup
 
 EXAMPLE = "lwd train --config=configs/stage2_sd3_1024.py --workdir=runs/stage2 --config.optimizer.learning_rate=1e-5"
@@ -53,6 +55,9 @@ def train(config: Config, workdir: str | os.PathLike) -> Outcome:
         "The processes of this run were not started with the same config and workdir: give each the same command.",
     )
     setup = make_setup(config)
+    if setup.params is None and not saved_steps(workdir) and jax.process_index() == 0:
+        field = TRAINED[config.stage].field
+        print(f"The {field} starts from random weights: models.{field} names nothing to start from.")
     previews = make_previews(config, setup, workdir) if config.training.preview_every else None
     return loop(
         setup.program,

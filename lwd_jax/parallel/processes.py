@@ -222,6 +222,11 @@ def agree(text: str, mistake: str) -> None:
         raise UserError(mistake)
 
 
+def total(count: int) -> int:
+    """The sum of what the processes counted; each must call this."""
+    return count if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(count)).sum())
+
+
 def check_shared(folder: Path) -> None:
     """Checks that a folder is the same one for all processes, each of which must call this.
 

@@ -17,7 +17,7 @@ from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
 from lwd_jax.files import Spool, locate, locked
 from lwd_jax.parallel.mesh import over
-from lwd_jax.parallel.processes import agree, check_shared
+from lwd_jax.parallel.processes import agree, check_shared, total
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
 from lwd_jax.train.feed import Feed
@@ -115,7 +115,7 @@ class _Reporter:
         waited, self._waited = self._feed.waited - self._waited, self._feed.waited
         line = self._window.line(waited)
         self._speed, self._wait_share = line["pictures_per_second"], line["data_wait_share"]
-        self._writer.write(step, line | {"replaced_pictures": self._feed.replaced} | extra)
+        self._writer.write(step, line | {"replaced_pictures": total(self._feed.replaced)} | extra)
         if not self._progress.console.is_terminal and jax.process_index() == 0:  # a log file sees no bar
             left = self._progress.tasks[0].time_remaining
             print(

@@ -23,6 +23,7 @@ from tiny_models import SMALL_KL, autoencoder
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.cli import main
 from lwd_jax.config import load_config
+from lwd_jax.data import dataset
 from lwd_jax.data.dataset import find_pictures, write_dataset
 from lwd_jax.errors import UserError
 from lwd_jax.parallel import processes
@@ -174,7 +175,15 @@ def stage1(root):
     for i in range(9):
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
     paths = find_pictures(root / "images")
-    write_dataset(root / "dataset", root / "images", paths, [("",)] * 9, lambda *_: None)
+    standardise, torn = dataset.standardise, paths[3].read_bytes()
+
+    def standard_or_torn(data):
+        standard = standardise(data)
+        return standard._replace(data=data[:60]) if data == torn else standard
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "standardise", standard_or_torn)
+        write_dataset(root / "dataset", root / "images", paths, [("",)] * 9, lambda *_: None)
     save_autoencoder(root / "vae", *autoencoder(0, SMALL_KL))
     config = {
         "stage": 1,
@@ -211,6 +220,8 @@ def test_lwd_train_by_two_processes_is_one_run(root, stage1, tmp_path):
     assert "Trained to step 4" in said[0] and "Trained" not in said[1]
     assert_same_params(tmp_path / "two", tmp_path / "alone")
     assert_same_metrics(tmp_path / "two", tmp_path / "alone")
+    counts = [[line["replaced_pictures"] for line in metrics.read(tmp_path / name)] for name in ("two", "alone")]
+    assert counts[0] == counts[1] and counts[0][-1] >= 2
     files = {path.name for path in (tmp_path / "two").iterdir()}
     assert files == {path.name for path in (tmp_path / "alone").iterdir()}
 

@@ -20,6 +20,7 @@ from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.cli import main
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
+from lwd_jax.train.loop import Outcome
 from lwd_jax.train.models import read_description
 
 
@@ -156,6 +157,15 @@ def test_stage_2_trains_from_latents_and_knows_its_autoencoder(root, tmp_path, c
     assert [line["loss"] for line in metrics.read(tmp_path / "run")] == [
         line["loss"] for line in metrics.read(tmp_path / "whole")
     ]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_start_from_random_weights_is_told(root, tmp_path, capsys, monkeypatch, named):
+    monkeypatch.setattr("lwd_jax.cli.train.loop", lambda *_, **__: Outcome(8, 0))
+    nothing = ("--config.models.autoencoder=''", "--config.models.autoencoder_variant=tiny")
+    sizes = ("--config.data.batch_size=8", "--config.data.held_out=1")
+    assert main(command(root, tmp_path / "run", *sizes, *(() if named else nothing))[3:]) == 0
+    assert ("The autoencoder starts from random weights" in capsys.readouterr().out) != named
 
 
 @pytest.mark.parametrize(

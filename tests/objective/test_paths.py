@@ -118,9 +118,9 @@ def test_a_dynamic_shift_beyond_1024_px_warns_once_of_a_size(caplog):
     for _ in range(2):
         paths.dynamic_shift(16384)
     (line,) = caplog.messages
-    assert "25.28 for 16384 tokens" in line and "above 0.9620" in line
+    assert "25.28 for 16384 tokens" in line
     at_half = paths.shift_time(0.5, paths.dynamic_shift(16384))
-    assert f"{float(at_half):.4f}" == "0.9620"
+    assert f"moves half of all times above {float(at_half):.4f}:" in line
 
 
 @pytest.mark.parametrize("rule, shift", [("none", 1.0), ("static", 3.0), ("dynamic", 3.158)])

@@ -11,6 +11,7 @@ from tiny_models import KL, SD3, TEXT, autoencoder, backbone, random_params, wri
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.backbones import sd3
+from lwd_jax.cli import main
 from lwd_jax.config import Sampling
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
@@ -47,6 +48,12 @@ def test_a_folder_gives_its_models_and_its_shift(folder):
     assert module.config == SD3 and same(params, backbone(1)[1])
     assert models.sampling() == Sampling(shift=2.5) and models.resolution() == 64
     assert models.has_autoencoder() and models.has_backbone() and models.text() == {} and models.text_folder() is None
+
+
+def test_a_run_of_stage_1_says_that_it_has_nothing_to_sample_with(runs, tmp_path, capsys):
+    words = ["sample", "--models", str(runs[0]), "--prompt", "a", "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "is of stage 1: it has an autoencoder, but no backbone." in capsys.readouterr().err
 
 
 def test_reading_the_autoencoder_does_not_read_the_backbone(folder, tmp_path):
