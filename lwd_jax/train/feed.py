@@ -16,10 +16,11 @@ _AHEAD = 2  # batches
 
 
 class Fed(NamedTuple):
-    """`batch` on the devices, and `state`: where the data stand once this batch has been used (JSON)."""
+    """`batch` on the devices; `state`: where the data stand once this batch has been used (JSON); `replaced` by then."""
 
     batch: dict[str, jax.Array]
     state: dict
+    replaced: int
 
 
 class Feed:
@@ -34,7 +35,7 @@ class Feed:
 
     Attributes:
       waited: seconds that `next` has waited for data.
-      replaced: how many pictures this process could not read and replaced.
+      replaced: how many pictures of the batches used this process could not read and replaced.
     """
 
     def __init__(self, batches: Any, mesh: Mesh):
@@ -42,13 +43,9 @@ class Feed:
         self._parts = len(process_share(mesh).blocks)
         self._queue: queue.Queue = queue.Queue(_AHEAD)
         self._ended = threading.Event()
-        self.waited = 0.0
+        self.waited, self.replaced = 0.0, 0
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-
-    @property
-    def replaced(self) -> int:
-        return self._batches.replaced
 
     def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         shapes = {
@@ -73,7 +70,7 @@ class Feed:
         try:
             while not self._ended.is_set():
                 batch = next(self._batches)
-                self._put(Fed(self._place(batch), self._batches.state()))
+                self._put(Fed(self._place(batch), self._batches.state(), self._batches.replaced))
         except Exception as error:  # whatever reading raises is raised again where the batch is asked for
             self._put(error)
 
@@ -83,6 +80,7 @@ class Feed:
         self.waited += time.perf_counter() - start
         if isinstance(item, Exception):
             raise item
+        self.replaced = item.replaced
         return item
 
     def close(self) -> None:

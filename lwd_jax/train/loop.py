@@ -228,7 +228,7 @@ def _steps(program: Program, config: Config, held: _Held, state: State, first: i
     for step in range(first + 1, total + 1):
         # Train
         held.profiler.before(step)
-        batch, position = next(held.feed)
+        batch, position, _ = next(held.feed)
         state, metrics = program.step(state, batch, key)
         reporter.took(step, metrics)
         if checkpoints.preempted(step):
