@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from lwd_jax.files import locked, on_disk, write_whole
 
 METADATA = "metadata.json"
 STORES = ("pictures", "text")
+_BESIDE = re.compile(r"\.lock|index-.*\.npz|\..*\.partial")  # what a killed run may leave beside the stores
 FORMAT = 1
 TEXT_BATCH = 16  # captions at a time
 SAVE_SECONDS = 120.0  # work that a killed run may lose
@@ -259,7 +261,7 @@ def _check_out(out: Path, described: dict | None) -> None:
     complete = (out / METADATA).is_file()
     if out.exists() and not complete:
         found = list(out.iterdir()) if out.is_dir() else [out]
-        if not all(path.name == ".lock" or (path.name in STORES and is_store(path)) for path in found):
+        if not all(_BESIDE.fullmatch(path.name) or (path.name in STORES and is_store(path)) for path in found):
             raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
     if not complete or described is None:
         return

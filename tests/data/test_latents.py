@@ -231,6 +231,24 @@ def test_values_that_the_storage_cannot_hold(root):
         encode_dataset(dataset, root / "latents", broken, hashed_words(None), PLAN, quiet)
 
 
+def test_a_kill_before_the_last_file_is_continued(root, monkeypatch):
+    dataset, write_whole = dataset_of(root), module.write_whole
+
+    def dying(path, content):
+        if path.name == "metadata.json":
+            (path.parent / ".metadata.json.7.partial").touch()
+            raise KeyboardInterrupt
+        write_whole(path, content)
+
+    monkeypatch.setattr(module, "write_whole", dying)
+    with pytest.raises(KeyboardInterrupt):
+        encode(root, dataset, Toy())
+    monkeypatch.undo()
+    assert list((root / "latents").glob("index-*.npz"))
+    assert encode(root, dataset, Toy()) == (0, 7, 0, 9, [])
+    check_values(root, dataset, 2**-11)
+
+
 def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
