@@ -5,24 +5,27 @@ files: they are written whole, neither appended to nor renamed, and folders are 
 from that is here too, so that nothing else asks where it writes.
 """
 
+import fcntl
 import functools
 import importlib.util
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import filelock
 import fsspec
 from etils.epath import Path
 
 from lwd_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 _SCHEME = "gs://"
 _BLOCK = 1 << 24
 
@@ -198,7 +201,8 @@ class Spool:
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """While the block runs, no other process is in a block like it: a lock on the file .lock in a folder that is there,
-    which the system lets go of when this process ends, however it ends. A bucket has no locks.
+    which the system lets go of when this process ends, however it ends. Where there are no locks (in a bucket, on some
+    network file systems) nothing is held, and of a disk without them a warning says so.
 
     Args:
       folder: what is written to.
@@ -210,15 +214,35 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     if in_bucket(folder):
         yield
         return
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as taken:
-        raise UserError(f"{what} '{folder}' is being written to by another process; wait for it to end.") from taken
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as taken:
+            raise UserError(f"{what} is being written to by another process; wait for it to end.") from taken
+        except OSError as error:
+            log.warning("'%s' cannot be locked (%s): see that no other process writes to it.", folder, error.strerror)
+        yield
+
+
+@contextmanager
+def _cleared_up() -> Iterator[None]:
+    """A first SIGTERM inside ends the block as an error would, so that nothing half-written stays; where the signal has
+    a handler (in `lwd train`, which saves instead) that stays. It waits for a call of another language to return.
+    """
+
+    def end(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # only it may
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        lock.release()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -228,11 +252,18 @@ def staged(target: Path, last: str = "") -> Iterator[Path]:
     On a disk it is a sibling that is renamed. Into a bucket it is copied, over what was there: `last` (the file by
     which a whole result is known) first goes and last comes, so that half a result has none.
     """
-    if in_bucket(target):
-        with tempfile.TemporaryDirectory(prefix="lwd-staged-") as temporary:
-            yield Path(temporary)
-            _copy(Path(temporary), target, last)
-        return
+    with _cleared_up():
+        if in_bucket(target):
+            with tempfile.TemporaryDirectory(prefix="lwd-staged-") as temporary:
+                yield Path(temporary)
+                _copy(Path(temporary), target, last)
+            return
+        with _renamed(target) as temporary:
+            yield temporary
+
+
+@contextmanager
+def _renamed(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     temporary.mkdir()

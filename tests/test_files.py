@@ -1,7 +1,9 @@
 """Where files lie: a name becomes a path in one place, and what a bucket cannot hold is refused with one sentence."""
 
 import ast
+import errno
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -198,12 +200,24 @@ def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"The workdir '{tmp_path}' is being written to by another process"):
+        with pytest.raises(UserError, match="The workdir is being written to by another process"):
             with locked(tmp_path, "The workdir"):
                 raise AssertionError("it is locked")
         other.kill()
     with locked(tmp_path, "The workdir"):
         pass
+
+
+def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, caplog):
+    """As on NFS without its lock daemon."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path, "It"), locked(tmp_path, "It"):
+        pass
+    assert len(caplog.messages) == 2 and f"'{tmp_path}' cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_name_that_is_empty():

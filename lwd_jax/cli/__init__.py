@@ -3,15 +3,11 @@
 """
 
 import argparse
-import contextlib
 import importlib
 import importlib.metadata
 import json
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 
 from lwd_jax.errors import UserError, did_you_mean
 
@@ -57,35 +53,11 @@ def _sentence(error: OSError) -> str:
     return f"{files}: {reason}." if files else f"{reason}."
 
 
-@contextlib.contextmanager
-def _cleared_up() -> Iterator[None]:
-    """A first SIGTERM inside ends the command as an error would, so that nothing half-written stays; `lwd train` saves
-    instead. A second one ends the process.
-    """
-
-    def end(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        raise SystemExit(128 + number)
-
-    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if own:
-        signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if own:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit status: 0 done, 2 the user's mistake or a file that cannot be read or written, 130
-    interrupted, 143 ended by SIGTERM.
+    interrupted.
     """
-    with _cleared_up():
-        return _main(sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv: list[str]) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every workdir that is only read
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())

@@ -48,8 +48,9 @@ class Pictures:
         attempt = 0
         while True:
             number = self.stream.record(index, attempt)
+            example = self.dataset[number]
             try:
-                picture = decode(self.dataset[number].picture, self.table[self.bucket_of[number]], place)
+                picture = decode(example.picture, self.table[self.bucket_of[number]], place)
                 break
             except UNREADABLE as error:
                 _LOG.warning("Record %d cannot be read and is replaced: %s", number, error)
@@ -306,8 +307,9 @@ def held_out(config: Config) -> dict[str, np.ndarray]:
     else:
         dataset = _open_dataset(config)
         for number in held_out_numbers(dataset.sha256, config.data.held_out):
+            example = dataset[number]
             try:
-                examples.append({"picture": decode(dataset[number].picture, (config.resolution, config.resolution))})
+                examples.append({"picture": decode(example.picture, (config.resolution, config.resolution))})
             except UNREADABLE as error:
                 _LOG.warning("Held-out record %d cannot be read: %s", number, error)
     if not examples:

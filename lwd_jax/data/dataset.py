@@ -118,7 +118,8 @@ def find_pictures(folder: str | os.PathLike) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
     found = [path for path in files_in(root) if path.suffix.lower() in SUFFIXES]
-    links = [parent / name for parent, folders, _ in root.walk() for name in folders if os.path.islink(parent / name)]
+    inside = (os.path.join(parent, name) for parent, folders, _ in os.walk(root) for name in folders)
+    links = [path for path in inside if os.path.islink(path)]
     if links:
         log.warning("%d links to folders are passed by, such as '%s': give them as --images.", len(links), links[0])
     if not found:
@@ -160,7 +161,7 @@ def _standards(paths: list[Path]) -> Iterator[tuple[Path, Standard | str]]:
 
 def _rows(root: Path, paths, captions, summary: Summary, index: dict, on_progress) -> Iterator[dict]:
     """The records to write; fills in `summary` and `index` on the way."""
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, bool]] = {}  # by pixels, the first picture and whether it has a caption
     captions_of = dict(zip(paths, captions))
     for done, (path, standard) in enumerate(_standards(paths), start=1):
         on_progress(done, len(paths))
@@ -169,9 +170,11 @@ def _rows(root: Path, paths, captions, summary: Summary, index: dict, on_progres
             summary.rejects.append((name, standard))
             continue
         if standard.pixels in seen:
-            summary.rejects.append((name, f"the same picture as {seen[standard.pixels]}"))
+            first, told = seen[standard.pixels]
+            better = ", which has no caption: remove that one" if captions_of[path] and not told else ""
+            summary.rejects.append((name, f"the same picture as {first}{better}"))
             continue
-        seen[standard.pixels] = name
+        seen[standard.pixels] = (name, bool(captions_of[path]))
         if not captions_of[path]:
             summary.uncaptioned.append(name)
         summary.heights.append(standard.height)
@@ -191,7 +194,7 @@ def write_dataset(
 ) -> Summary:
     """Writes the pictures, in the given order, as a dataset; it appears whole or not at all, and replaces an older one.
 
-    Pictures without a caption come last. Unreadable ones and those whose pixels were seen before are left out.
+    Unreadable pictures and pictures whose pixels were seen before are left out.
 
     Args:
       root: what the names of the records are relative to.
@@ -210,8 +213,6 @@ def write_dataset(
         "name": tfds.features.Text(),
     }
     summary, index = Summary([], [], [], [], 0), {"sha256": [], CAPTIONS: [], "reencoded": 0}
-    # Of two copies the first is kept: it should be one that has a caption.
-    paths, captions = zip(*sorted(zip(paths, captions), key=lambda pair: not pair[1]))
     with staged(out) as folder:
         write_records(folder, NAME, features, _rows(root, paths, captions, summary, index, on_progress))
         if not summary.heights:

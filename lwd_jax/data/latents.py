@@ -34,7 +34,7 @@ from lwd_jax.files import locked, on_disk, write_whole
 
 METADATA = "metadata.json"
 STORES = ("pictures", "text")
-_BESIDE = re.compile(r"\.lock|index-.*\.npz|\..*\.partial")  # what a killed run may leave beside the stores
+_BESIDE = re.compile(r"\..*|index-.*\.npz")  # what a killed run, or the system, may leave beside the stores
 FORMAT = 1
 TEXT_BATCH = 16  # captions at a time
 SAVE_SECONDS = 120.0  # work that a killed run may lose
@@ -203,9 +203,11 @@ def encode_dataset(
     if plan.captions < 1 or plan.batch_size < 1:
         raise UserError("At least one caption of a picture, and one picture at a time, must be encoded.")
     out = on_disk(out, "The folder of latents")
-    _check_out(out, None if overwrite else _describe(encoder, text, plan))
+    described = None if overwrite else _describe(encoder, text, plan)
+    _check_out(out, described)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "The folder of latents"):
+    with locked(out, f"The folder of latents '{out}'"):
+        _check_out(out, described)  # another process may have written meanwhile
         return _encode(dataset, out, encoder, text, plan, on_progress)
 
 
@@ -260,8 +262,8 @@ def _check_out(out: Path, described: dict | None) -> None:
     """
     complete = (out / METADATA).is_file()
     if out.exists() and not complete:
-        found = list(out.iterdir()) if out.is_dir() else [out]
-        if not all(_BESIDE.fullmatch(path.name) or (path.name in STORES and is_store(path)) for path in found):
+        found = os.listdir(out) if out.is_dir() else [out.name]  # `iterdir` does not show files named NAME~
+        if not all(_BESIDE.fullmatch(name) or (name in STORES and is_store(out / name)) for name in found):
             raise UserError(f"'{out}' exists and holds no latents; choose another --out.")
     if not complete or described is None:
         return
@@ -277,7 +279,8 @@ def _check_out(out: Path, described: dict | None) -> None:
 def _makers(metadata: dict) -> dict:
     """What metadata.json says of what changes all latents, or all text states."""
     names = ("resolution", "buckets", "storage", "dtype", "autoencoder_fingerprint")
-    return {name: metadata[name] for name in names} | {"text_fingerprint": metadata["text"]["fingerprint"]}
+    text = metadata.get("text", {}).get("fingerprint")
+    return {name: metadata.get(name) for name in names} | {"text_fingerprint": text}
 
 
 def _read_metadata(folder: Path) -> dict:

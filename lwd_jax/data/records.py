@@ -118,9 +118,9 @@ class Records:
         except RuntimeError as error:
             raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> UserError:
+    def _damaged(self, error: RuntimeError) -> UserError:
         """What ArrayRecord says of a file: its first line, without the addresses inside the file."""
-        return UserError(f"The records in {self.folder} cannot be read ({str(error).split(';')[0]})")
+        return UserError(f"The records in {self.folder} cannot be read ({str(error).split(';')[0]}).")
 
     def __getstate__(self):
         return {"folder": self.folder, "undecoded": self.undecoded}
@@ -131,5 +131,7 @@ class Records:
     def __getitem__(self, index: int) -> dict:
         try:
             return self._source[int(index)]
-        except (RuntimeError, TypeError) as error:  # a file cut between its blocks may give empty records
+        except RuntimeError as error:
             raise self._damaged(error) from error
+        except (TypeError, ValueError) as error:  # of a file that was cut between its blocks
+            raise UserError(f"Record {index} in {self.folder} cannot be read: its file was cut off.") from error

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ SD3_WIDTH = 4096  # of T5-XXL; taken where neither T5 nor a transformer/config.j
 _HASHED = (".safetensors", ".json", ".txt", ".model")  # what a text encoder's output depends on
 _CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))  # of SD3; FLUX's second is a T5
 _T5 = ("text_encoder_3", "tokenizer_3")
+_TOGETHER = 1000  # captions whose tokens are counted at a time
 log = logging.getLogger(__name__)
 
 
@@ -60,7 +62,10 @@ class TextEncoder:
 
     def tell_of_longer(self, captions: list[str]) -> None:
         """Warns of captions whose ends are not read."""
-        for room, count in self.longer(captions).items():
+        counts = Counter()
+        for start in range(0, len(captions), _TOGETHER):
+            counts.update(self.longer(captions[start : start + _TOGETHER]))
+        for room, count in counts.items():
             if count:
                 log.warning(
                     "%d of %d captions are longer than %s: their ends are not read.", count, len(captions), room
@@ -180,7 +185,9 @@ def _ids(captions: list[str], model, tokenizer, length: int):
 
 
 def _longer(captions: list[str], tokenizer, length: int) -> int:
-    return sum(len(ids) > length for ids in tokenizer(captions).input_ids)
+    if not captions:  # which tokenizers do not take
+        return 0
+    return sum(len(ids) > length for ids in tokenizer(captions, truncation=True, max_length=length + 1).input_ids)
 
 
 def _numpy(states) -> np.ndarray:

@@ -132,7 +132,7 @@ class Dense(nn.Module):
 
     def _product(self, x, kernel, out_dtype):
         # With more than one axis of rows XLA:CPU transposes a copy of the result's gradient for the kernel's, a tenth
-        # of a step's time. Over `context` the rows of a picture lie apart and cannot be one axis with those of the next.
+        # of a step's time. Over `context` the rows of a picture lie apart and cannot be one axis with the next one's.
         one_axis = platform() == "cpu" and axis_size("context") == 1
         rows = x.reshape(-1, x.shape[-1]) if one_axis else x
         y = lax.dot_general(

@@ -1,5 +1,6 @@
 """Between workdirs and diffusers folders: `export` writes what diffusers' pipeline reads, `import_models` reads it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import class_of, extend_backbone, save_backbone, weights_of
 from lwd_jax.config import Adapter, Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
-from lwd_jax.files import locate
+from lwd_jax.files import locate, locked
 from lwd_jax.report.card import write_card
 from lwd_jax.report.pipeline import (
     DYNAMIC_SHIFT,
@@ -261,7 +262,9 @@ def import_models(
         training=Training(ema=0.0),
         **settings,
     )
-    with staged(workdir, overwrite, "config.json") as target:
+    workdir = locate(workdir)
+    unused = locked(workdir, f"The workdir '{workdir}'") if workdir.is_dir() else contextlib.nullcontext()
+    with unused, staged(workdir, overwrite, "config.json") as target:
         zero = jnp.zeros((), jnp.int32)
         checkpoints = Checkpoints(target, keep=1)
         try:

@@ -30,6 +30,7 @@ from lwd_jax import config as configs
 from lwd_jax.adapters.factors import saved as saved_params
 from lwd_jax.errors import UserError, read_json
 from lwd_jax.files import absolute, checksums, files_in, in_bucket, locate, write_whole
+from lwd_jax.parallel.processes import verdict
 from lwd_jax.parallel.rules import path_string
 from lwd_jax.train.state import State
 from lwd_jax.train.step import keeps_average
@@ -115,11 +116,7 @@ def damage(step: Path) -> str:
 
 def _judged(step: Path) -> str:
     """`damage`, as process 0 finds it: one reading of the files, and one verdict for all hosts."""
-    if jax.process_count() == 1:
-        return damage(step)
-    wrong = damage(step) if jax.process_index() == 0 else ""
-    found = multihost_utils.broadcast_one_to_all(np.asarray(bool(wrong)))
-    return wrong or ("process 0 found it so" if found else "")
+    return verdict(damage(step) if jax.process_index() == 0 else "")
 
 
 # ------------------------------------------------------------------------------------------------------ config
@@ -265,7 +262,7 @@ class Checkpoints:
             raise UserError(f"The checkpoint of step {step} is not in {self.folder}; is the disk full?")
 
     def close(self) -> None:
-        """Waits for what is being written and ends the background threads. A failure that was told is not told again."""
+        """Waits for what is being written and ends the background threads. A failure is told once."""
         if not self._failed:
             self.seal(wait=True)
         with contextlib.suppress(OSError, ValueError) if self._failed else contextlib.nullcontext():

@@ -16,7 +16,7 @@ _AHEAD = 2  # batches
 
 
 class Fed(NamedTuple):
-    """`batch` on the devices; `state`: where the data stand once this batch has been used (JSON); `replaced` by then."""
+    """`batch` on the devices, `state`: where the data stand once it has been used (JSON), and `replaced` by then."""
 
     batch: dict[str, jax.Array]
     state: dict

@@ -17,7 +17,7 @@ from lwd_jax.config import Config, to_json
 from lwd_jax.errors import UserError
 from lwd_jax.files import Spool, locate, locked
 from lwd_jax.parallel.mesh import over
-from lwd_jax.parallel.processes import agree, check_shared, total
+from lwd_jax.parallel.processes import agree, check_shared, summed, verdict
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
 from lwd_jax.train.feed import Feed
@@ -67,7 +67,9 @@ class Stop:
 
 
 class _Reporter:
-    """Takes the metrics of a step when the next one is on its way, so that the devices never wait for the host."""
+    """Takes the metrics of a step when the next one is on its way, so that the devices do not wait for the host (with
+    several processes once a line, for what they count).
+    """
 
     def __init__(self, config: Config, writer: Writer, feed: Feed, progress: Progress):
         self._progress, self._training = progress, config.training
@@ -115,7 +117,7 @@ class _Reporter:
         waited, self._waited = self._feed.waited - self._waited, self._feed.waited
         line = self._window.line(waited)
         self._speed, self._wait_share = line["pictures_per_second"], line["data_wait_share"]
-        self._writer.write(step, line | {"replaced_pictures": total(self._feed.replaced)} | extra)
+        self._writer.write(step, line | {"replaced_pictures": summed(self._feed.replaced)} | extra)
         if not self._progress.console.is_terminal and jax.process_index() == 0:  # a log file sees no bar
             left = self._progress.tasks[0].time_remaining
             print(
@@ -184,6 +186,15 @@ def _first_state(program: Program, config: Config, params: Callable[[], Any] | N
     return program.init(key, params() if params is not None else None)
 
 
+def _take(workdir: Path, saved: list[int], closing: contextlib.ExitStack) -> str:
+    """Locks the workdir until `closing`; why it is not this run's, or ""."""
+    try:
+        closing.enter_context(locked(workdir, "it"))
+    except UserError as taken:
+        return str(taken)
+    return "" if saved_steps(workdir) == saved else "another run wrote checkpoints there while this one began."
+
+
 def _begin(program: Program, config: Config, workdir: Path, description: str, params, closing: contextlib.ExitStack):
     """(checkpoints, state, data position or None): of a new run, or of the newest checkpoint; the workdir is there."""
     saved = saved_steps(workdir)
@@ -194,10 +205,8 @@ def _begin(program: Program, config: Config, workdir: Path, description: str, pa
     state, position = (None if saved else _first_state(program, config, params)), None
     workdir.mkdir(parents=True, exist_ok=True)
     check_shared(workdir)
-    if jax.process_index() == 0:
-        closing.enter_context(locked(workdir, "The workdir"))
-        if saved_steps(workdir) != saved:
-            raise UserError(f"Another run wrote checkpoints into {workdir} while this one began; start it again.")
+    if taken := verdict(_take(workdir, saved, closing) if jax.process_index() == 0 else ""):
+        raise UserError(f"{workdir} is not this run's to write to: {taken}")
     checkpoints = Checkpoints(workdir, config.training.keep)
     closing.callback(checkpoints.close)
     if saved:

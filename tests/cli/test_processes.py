@@ -26,6 +26,7 @@ from lwd_jax.config import load_config
 from lwd_jax.data import dataset
 from lwd_jax.data.dataset import find_pictures, write_dataset
 from lwd_jax.errors import UserError
+from lwd_jax.files import locked
 from lwd_jax.parallel import processes
 from lwd_jax.train import metrics
 from lwd_jax.train.checkpoint import DAMAGED, read_params, saved_steps
@@ -224,6 +225,16 @@ def test_lwd_train_by_two_processes_is_one_run(root, stage1, tmp_path):
     assert counts[0] == counts[1] and counts[0][-1] >= 2
     files = {path.name for path in (tmp_path / "two").iterdir()}
     assert files == {path.name for path in (tmp_path / "alone").iterdir()}
+
+
+def test_a_workdir_that_is_taken_is_told_to_all_processes(root, stage1, tmp_path):
+    (tmp_path / "run").mkdir()
+    command = ["-m", "lwd_jax.cli", "train", f"--config={stage1}", f"--workdir={tmp_path / 'run'}"]
+    with locked(tmp_path / "run", "It"):
+        said = ended(start(root, command, 2), 2)
+    for each, why in zip(said, ("it is being written to by another process", "process 0 found it so")):
+        assert each.splitlines()[-1].startswith(f"lwd: {tmp_path / 'run'} is not this run's to write to: {why}")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow

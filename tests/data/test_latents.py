@@ -1,6 +1,7 @@
 """Laws of encoded datasets: right values, keys by content and weights, nothing done twice, nothing half-written."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -210,7 +211,7 @@ def test_pictures_without_a_caption_are_unconditional(root):
     captions = [()] + [("a", "b", "c", "d", "e")] * 6
     encode(root, dataset_of(root, captions), Toy())
     latents = open_latents(root / "latents")
-    assert latents.caption_count(6) == 1 and latents.text(6, 0)[1] == "" and latents.caption_count(0) == 4
+    assert latents.caption_count(0) == 1 and latents.text(0, 0)[1] == "" and latents.caption_count(1) == 4
 
 
 def test_small_buckets_join_and_squares(root):
@@ -236,7 +237,8 @@ def test_a_kill_before_the_last_file_is_continued(root, monkeypatch):
 
     def dying(path, content):
         if path.name == "metadata.json":
-            (path.parent / ".metadata.json.7.partial").touch()
+            for left in (".metadata.json.7.partial", ".DS_Store"):
+                (path.parent / left).touch()
             raise KeyboardInterrupt
         write_whole(path, content)
 
@@ -275,6 +277,31 @@ def test_what_was_made_otherwise_is_not_dropped_unasked(root, change, said):
     encode(root, dataset, Toy(), plan=dataclasses.replace(PLAN, captions=1, batch_size=2, smallest_bucket=3))
 
 
+def test_metadata_that_does_not_say_how_is_of_another_way(root):
+    dataset = dataset_of(root)
+    encode(root, dataset, Toy())
+    file = root / "latents" / "metadata.json"
+    file.write_text(json.dumps({"format": 1}))
+    with pytest.raises(UserError, match="resolution None, not 64.*--overwrite"):
+        encode(root, dataset, Toy())
+    assert encode(root, dataset, Toy(), overwrite=True)[:2] == (0, 7)
+    check_values(root, dataset, 2**-11)
+
+
+def test_what_another_process_wrote_meanwhile_is_not_dropped_unasked(root, monkeypatch):
+    dataset, locked = dataset_of(root), module.locked
+
+    def late(folder, what):
+        monkeypatch.undo()
+        encode(root, dataset, Toy("b" * 64))
+        return locked(folder, what)
+
+    monkeypatch.setattr(module, "locked", late)
+    with pytest.raises(UserError, match="made with autoencoder_fingerprint bbbb"):
+        encode(root, dataset, Toy())
+    assert open_latents(root / "latents").metadata["autoencoder_fingerprint"] == "b" * 64
+
+
 def test_one_process_at_a_time(root):
     """While a run encodes, another one in the same folder is refused; afterwards it finds all done."""
     dataset, toy, refused = dataset_of(root), Toy(), []
@@ -290,10 +317,12 @@ def test_one_process_at_a_time(root):
     check_values(root, dataset, 2**-11)
 
 
-@pytest.mark.parametrize("made", ["pictures/part-1.jpg", "pictures/photo.jpg", "text/notes.txt", "latent/x"])
+@pytest.mark.parametrize(
+    "made", ["pictures/part-1.jpg", "pictures/photo.jpg", "text/notes.txt", "latent/x", "notes~", "index.npz"]
+)
 def test_a_folder_of_somebody_else_is_left_alone(root, made):
     dataset = dataset_of(root)
-    (root / "latents" / made).parent.mkdir(parents=True)
+    (root / "latents" / made).parent.mkdir(parents=True, exist_ok=True)
     (root / "latents" / made).write_text("mine")
     before = sorted((root / "latents").rglob("*"))
     with pytest.raises(UserError, match="holds no latents; choose another --out"):
@@ -334,7 +363,7 @@ def test_damaged_records_are_named(root, store, cut):
         file.unlink()
     else:
         file.write_bytes({"half": content[: len(content) // 2], "flipped": flipped}.get(cut) or content[: cut or 0])
-    with pytest.raises(UserError, match=f"{root / store}.*(cannot be read|damaged)"):
+    with pytest.raises(UserError, match=f"{root / store}.*(cannot be read|damaged).*\\.$"):
         if store == "dataset":
             open_dataset(root / store)[0]
         else:

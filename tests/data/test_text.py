@@ -169,6 +169,8 @@ def test_equal_to_the_diffusers_pipeline(folder, tmp_path, with_t5):
     np.testing.assert_allclose(states.tokens, tokens.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(states.pooled, pooled.numpy(), rtol=1e-5, atol=1e-6)
     assert (states.mask == 1).all() and (encoder.length, encoder.width, encoder.pooled) == (141, 48, 32)
+    assert set(encoder.longer([]).values()) == {0}
+    encoder.tell_of_longer([])
     rooms = {"CLIP's 77 tokens": 1} | ({"T5's 64 tokens": 1} if with_t5 else {})
     assert encoder.longer(CAPTIONS) == rooms and set(encoder.longer(CAPTIONS[:3]).values()) == {0}
     # The captions differ in every part that is there, so that equality above means something.
@@ -265,6 +267,7 @@ def test_flux_equals_the_diffusers_pipeline(flux_folder, folder):
     np.testing.assert_allclose(states.tokens, tokens.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(states.pooled, pooled.numpy(), rtol=1e-5, atol=1e-6)
     assert encoder.longer(CAPTIONS) == {"CLIP's 77 tokens": 1, "T5's 40 tokens": 1}
+    encoder.tell_of_longer([])
     assert (kind_of(flux_folder), kind_of(folder)) == ("flux", "sd3")
     again = open_text_encoder(json.loads(json.dumps(encoder.describe())), flux_folder)
     assert again.fingerprint == encoder.fingerprint != flux(flux_folder, max_length=41).fingerprint

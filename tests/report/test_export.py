@@ -18,6 +18,7 @@ from lwd_jax.autoencoders import kl
 from lwd_jax.backbones import sd3
 from lwd_jax.config import Sampling
 from lwd_jax.errors import UserError
+from lwd_jax.files import locked
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.report.export import export, import_models
 from lwd_jax.report.pipeline import TEXT_PARTS, open_models, text_encoder
@@ -305,6 +306,9 @@ def test_an_import_replaces_nothing_but_an_import(runs, tmp_path):
         with pytest.raises(UserError, match="is not overwritten: it has no checkpoints/0/"):
             import_models(out, taken, stage=1, overwrite=True)
     assert (digest(out / "vae" / WEIGHTS), saved_steps(runs[0])) == before
+    # Nor an import that a run is about to go on from.
+    with locked(imported, "It"), pytest.raises(UserError, match="imported' is being written to by another process"):
+        import_models(out, imported, stage=1, overwrite=True)
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

@@ -123,7 +123,7 @@ def test_a_run_that_another_overtook_does_not_begin(tmp_path, monkeypatch):
         return first_state(*arguments)
 
     monkeypatch.setattr(loop, "_first_state", slowly)
-    with pytest.raises(UserError, match="Another run wrote checkpoints into"):
+    with pytest.raises(UserError, match="not this run's to write to: another run wrote checkpoints there"):
         train(tmp_path)
     assert state_of(tmp_path)[0].step == 2
 
