@@ -54,8 +54,10 @@ def _sentence(error: OSError) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; the exit status: 0 done, 2 the user's mistake or a file that cannot be read or written, 130
-    interrupted.
+    """Runs one command; the exit status: 0 done, 2 the user's mistake or a file that cannot be read or written.
+
+    Raises:
+      KeyboardInterrupt: it was interrupted, and has said so.
     """
     argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every workdir that is only read
@@ -86,4 +88,4 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("lwd: interrupted.", file=sys.stderr)
-        return 130
+        raise

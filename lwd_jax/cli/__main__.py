@@ -16,6 +16,12 @@ def command() -> int:
     keep_compiled("".join(sys.argv[1:2]), os.environ)
     try:
         return main()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Where a step is still computed, in another thread, taking the interpreter down would crash. What was to be
+        # cleared up has been.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130)
     finally:
         gc.freeze()
 

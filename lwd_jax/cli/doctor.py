@@ -36,7 +36,8 @@ from lwd_jax.train.checkpoint import FOLDER, check_same_run, damage, is_workdir,
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.optimizer import trainable_paths
-from lwd_jax.train.program import never_trained
+from lwd_jax.train.program import abstract_state, never_trained
+from lwd_jax.train.setup import check_objective, stage_of
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.table import flat
@@ -198,6 +199,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     buckets.check_resolution(config.resolution, config.data.buckets)
     yield from attempt("models", lambda: _models(config))
     yield from attempt("mesh", lambda: _mesh(config))
+    yield from attempt("training", lambda: _training(config))
 
 
 def _models(config: Config) -> Iterator[Finding]:
@@ -211,6 +213,17 @@ def _models(config: Config) -> Iterator[Finding]:
         yield Finding("models", WARN, f"{opened.model.class_name} of random weights", todo)
     if config.stage == 2 and not config.models.autoencoder:
         yield Finding("models", FAIL, "no autoencoder named", "set models.autoencoder: the one of lwd encode --models")
+
+
+def _training(config: Config) -> Iterator[Finding]:
+    """Objective, optimizer and adapters, by shape alone."""
+    opened = open_trained(config)
+    sizes = opened.module.config if config.stage == 1 else open_autoencoder(config).module.config
+    abstract_state(config, stage_of(config, opened, sizes, 1, None))
+    check_objective(config, sizes.latent_channels, sizes.factor, [(config.resolution, config.resolution)])
+    yield Finding(
+        "training", OK, f"{config.optimizer.name}, {config.optimizer.schedule}, {config.training.steps} steps"
+    )
 
 
 def _mesh(config: Config) -> Iterator[Finding]:
@@ -297,6 +310,8 @@ def _fingerprint(latents, config: Config) -> Iterator[Finding]:
 
 def check_workdir(folder: str, config: Config | None) -> Iterator[Finding]:
     """The newest sound checkpoint of a workdir, and whether the config continues its run."""
+    if locate(folder).exists() and not locate(folder).is_dir():
+        raise UserError(f"{folder} is a file; name a folder.")
     if not is_workdir(folder):
         empty = is_empty(locate(folder))
         verdict, todo = (OK, "") if empty else (WARN, "is it the folder of another program?")
@@ -347,6 +362,8 @@ def examine(args) -> Iterator[Finding]:
     Raises:
       UserError: a folder or file named on the command line is not there, or the config is wrong.
     """
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]} changes a config; name it with --config.")
     config = read_config(args.config, args.overrides) if args.config else None
     for flag in ("dataset", "latents"):
         if getattr(args, flag) and not on_disk(getattr(args, flag), f"--{flag}").is_dir():

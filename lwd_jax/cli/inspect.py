@@ -75,7 +75,7 @@ def arguments(parser) -> None:
 
 def _check(args) -> None:
     """What can be refused before anything is read."""
-    check_free(args.out, args.overwrite, RESULT)
+    check_free(args.out, args.overwrite, RESULT, (*args.images, args.models, args.autoencoder))
     for image in args.images:
         if not locate(image).is_file():
             kind = "is a folder; name pictures" if locate(image).is_dir() else "is not there"
@@ -92,8 +92,8 @@ def _check(args) -> None:
         raise UserError("--autoencoder replaces the one of --models; name the folder with --models instead.")
     if args.source == "noisy" and not args.models:
         raise UserError("--source noisy needs --models: block means of colours do not have the scale of a latent.")
-    if args.mask == "soft" and not args.softness > 0:
-        raise UserError(f"--softness must be positive, but it is {args.softness:g}.")
+    if args.mask == "soft" and not 0 < args.softness < float("inf"):
+        raise UserError(f"--softness must be positive and finite, but it is {args.softness:g}.")
     # An unknown wavelet is named before a model is read.
     jax.eval_shape(lambda z: wavelet_saliency(z, args.wavelet), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
 

@@ -80,6 +80,8 @@ def _check_writable(file: Path) -> None:
     folder = absolute(file).parent
     if not in_bucket(folder) and not folder.is_dir():
         raise UserError(f"--json: there is no folder '{folder}'.")
+    if file.is_dir():
+        raise UserError(f"--json: '{file}' is a folder; name a file.")
 
 
 def _plan(args, config: Config, topology: Topology) -> list[Result]:

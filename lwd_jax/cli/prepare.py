@@ -64,7 +64,7 @@ def _reject_table(rejects: list[tuple[str, str]]) -> Table:
 
 def run(args) -> None:
     buckets.check_resolution(args.resolution, keep_aspect=True)
-    check_free(on_disk(args.out, "A dataset"), args.overwrite, INDEX)
+    check_free(on_disk(args.out, "A dataset"), args.overwrite, INDEX, [args.images])
     paths = find_pictures(args.images)
     captions = find_captions(Path(args.images), paths, args.captions_from)
     if not any(captions) and not args.no_captions:

@@ -114,11 +114,13 @@ def _cut(photographs: list[Photograph], folder: Path) -> None:
     print(f"    {count} squares of {SIDE} px from {len(photographs)} photographs")
 
 
-def _check_source(workdir: Path, images: str, fast: bool, backbone: str) -> None:
+def _check_source(workdir: Path, images: str, photographs: list[Photograph], fast: bool, backbone: str) -> None:
     """A workdir belongs to one set of photographs, one length and one backbone."""
     source = {"images": str(absolute(Path(images))) if images else "", "fast": fast, "backbone": backbone}
+    source["photographs"] = [[photograph.name, photograph.caption] for photograph in photographs]
     file = workdir / SOURCE
-    if file.is_file() and {"backbone": "sd3"} | read_json(file) != source:  # it was SD3's before there was a choice
+    # It was SD3's before there was a choice, and did not tell its photographs.
+    if file.is_file() and {"backbone": "sd3", "photographs": source["photographs"]} | read_json(file) != source:
         raise UserError(
             f"The quickstart in {workdir} was begun with other photographs, another length or another backbone; name a "
             "new --workdir."
@@ -249,9 +251,9 @@ def run(args) -> int:
     workdir = on_disk(args.workdir, "The workdir of the quickstart")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file; name a folder with --workdir.")
-    photographs = own(args.images) if args.images else shipped()
+    photographs = own(args.images, workdir) if args.images else shipped()
     workdir.mkdir(parents=True, exist_ok=True)
-    _check_source(workdir, args.images, args.fast, args.backbone)
+    _check_source(workdir, args.images, photographs, args.fast, args.backbone)
     place = Run(workdir)
     print(
         f"Quickstart on {len(photographs)} photographs, {jax.device_count()} {jax.devices()[0].device_kind} "

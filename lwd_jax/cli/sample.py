@@ -96,7 +96,8 @@ def _request(args, models) -> Request:
 
 
 def run(args):
-    check_free(args.out, args.overwrite, INDEX)
+    reads = (args.models, args.autoencoder, args.base, args.text_models, args.prompt_file, args.latents)
+    check_free(args.out, args.overwrite, INDEX, reads)
     models = open_given(args.models, plain=args.plain, autoencoder=args.autoencoder, base=args.base)
     request, mesh = _request(args, models), open_mesh(args.mesh, args.batch)
     encoder = text_encoder(models, args.text_models)

@@ -79,7 +79,7 @@ def run(args) -> int:
     except UserError as mistake:
         processes.leave(mistake)
         raise
-    if outcome.signal:
+    if outcome.signal and outcome.step < config.training.steps:
         name = signal.Signals(outcome.signal).name
         last = (
             f"Stopped by {name} at step {outcome.step} of {config.training.steps}, saved in {args.workdir}. Next: the "

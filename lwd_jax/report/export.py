@@ -178,7 +178,9 @@ def export(
         raise UserError(f"Weights can be written as {', '.join(DTYPES)}, but not as {dtype}.")
     stage = models.config.stage
     write = _writer(models, form)
-    with staged(out, overwrite, MANIFEST) as folder:
+    if autoencoder and models.config.stage == 1:
+        raise UserError(f"The run in '{workdir}' trained its own autoencoder: another one has no place in its export.")
+    with staged(out, overwrite, MANIFEST, (workdir, autoencoder, base)) as folder:
         parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
         if FORMS[form] is None:
             _write_json(folder / INDEX, {"_diffusers_version": DIFFUSERS_VERSION} | parts)
@@ -237,7 +239,7 @@ def import_models(
     Raises:
       UserError: no such folder or file, missing, extra or misshaped weights, `workdir` is taken.
     """
-    check_free(workdir, overwrite, IMPORTED)
+    check_free(workdir, overwrite, IMPORTED, (folder, adapter))
     source = open_models(folder)
     if not isinstance(source, FolderModels):
         raise UserError(f"{folder} is a workdir already; lwd import takes a diffusers folder.")
@@ -245,6 +247,8 @@ def import_models(
     opened = open_model(kind, str(source.path), "")
     path = str(source.path.absolute())
     names = {
+        "autoencoder_variant": "",
+        "backbone_variant": "",
         "autoencoder": path if source.has_autoencoder() else "",
         kind.field: path,
         f"{kind.field}_variant": _variant(opened.model, opened.module.config),

@@ -82,15 +82,21 @@ def unique(name: str, taken: Collection[str]) -> str:
     return next(each for each in numbered if each.casefold() not in known)
 
 
-def own(folder: str | os.PathLike) -> list[Photograph]:
+def own(folder: str | os.PathLike, without: Path | None = None) -> list[Photograph]:
     """The photographs of a folder, with their captions as `lwd prepare` finds them, or else the words of the file's
     name. Their names are those of the files, made unique.
+
+    Args:
+      folder: is searched with its folders.
+      without: a folder in it that is left out, such as the one that is written to.
 
     Raises:
       UserError: no such folder, or no readable picture in it.
     """
     folder = on_disk(folder, "The folder of photographs")
     paths = find_pictures(folder)
+    if without is not None:
+        paths = [path for path in paths if not path.absolute().is_relative_to(without.absolute())]
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(MOST, len(paths))).astype(int))]
     found, names, reason = [], [], ""
     for path, captions in zip(paths, find_captions(folder, paths)):

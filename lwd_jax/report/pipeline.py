@@ -22,7 +22,7 @@ from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
 from lwd_jax.train.checkpoint import is_workdir, read_params
 from lwd_jax.train.checkpoint import read_config as read_run
-from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model, read_description
+from lwd_jax.train.models import AUTOENCODER, BACKBONE, TRAINED, Kind, open_model, read_description, seen_from
 from lwd_jax.train.optimizer import SCHEDULE_FREE
 from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import is_file, read_config
@@ -250,7 +250,10 @@ class WorkdirModels:
         if not named:
             raise UserError(f"The config of '{self.path}' names no autoencoder; name one with --autoencoder.")
         if not locate(named).is_dir():
-            raise UserError(f"'{self.path}' used the autoencoder '{named}', which is gone; name it with --autoencoder.")
+            raise UserError(
+                f"'{self.path}' used the autoencoder '{named}', which is not there{seen_from(named)}; name it with "
+                "--autoencoder."
+            )
         return open_models(named, ema=ema).autoencoder(**options)
 
     def backbone(self, **options):

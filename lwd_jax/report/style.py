@@ -50,6 +50,7 @@ RC = {
     "lines.linewidth": 2.0,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
+    "text.parse_math": False,  # names of files may have dollars in them
     "legend.fontsize": 9.5,
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,

@@ -31,7 +31,7 @@ Previews = Callable[[int, Any], dict]  # (step, parameters for evaluation) -> sc
 
 
 class Outcome(NamedTuple):
-    """`step` reached and saved; `signal` that ended the run early, or 0."""
+    """`step` reached and saved; `signal` that came, or 0."""
 
     step: int
     signal: int
@@ -122,7 +122,7 @@ class _Reporter:
             left = self._progress.tasks[0].time_remaining
             print(
                 f"step {step} loss {self._loss:.4f} pictures/s {self._speed:.2f} waiting for data "
-                f"{self._wait_share:.0%} ETA {left or 0:.0f} s",
+                f"{self._wait_share:.0%} ETA {'?' if left is None else f'{left:.0f}'} s",
                 flush=True,
             )
 
@@ -262,7 +262,7 @@ def _steps(program: Program, config: Config, held: _Held, state: State, first: i
             break
 
     checkpoints.finish(step)
-    return Outcome(step, held.stop.signal if step < total else 0)
+    return Outcome(step, held.stop.signal)
 
 
 def run(

@@ -22,7 +22,7 @@ from lwd_jax.adapters.factors import frozen
 from lwd_jax.autoencoders import AUTOENCODERS
 from lwd_jax.backbones import BACKBONES
 from lwd_jax.errors import UserError, choose, read_json
-from lwd_jax.files import locate
+from lwd_jax.files import in_bucket, locate
 from lwd_jax.train.checkpoint import is_workdir, params_fingerprint, read_config, read_params
 from lwd_jax.train.state import merge
 from lwd_jax.weights.folder import fingerprint
@@ -89,6 +89,11 @@ class Opened(NamedTuple):
         return abstract_params(self.model, self.module.config, self.module.param_dtype)
 
 
+def seen_from(named: str) -> str:
+    """Of a relative path, where it is looked for: a run names its models as it was given them."""
+    return "" if in_bucket(named) or os.path.isabs(named) else f" (as seen from {os.getcwd()})"
+
+
 def _row_of_variant(kind: Kind, variant: str) -> tuple[Model, Any]:
     rows = {name: (model, sizes) for model in kind.models.values() for name, sizes in model.variants.items()}
     return choose(rows, variant, f"{kind.field} variant")
@@ -153,7 +158,9 @@ def _from_adapters(kind: Kind, path: str, described: dict, ema: bool, other_base
     config = read_config(path)
     named = other_base or config.models.backbone
     if not locate(named).exists():
-        raise UserError(f"The base of the adapters of '{path}', '{named}', is gone; name it with --base.")
+        raise UserError(
+            f"The base of the adapters of '{path}', '{named}', is not there{seen_from(named)}; name it with --base."
+        )
     base = open_model(kind, named, "", ema=config.models.ema, **build)
 
     def params(shardings=None, like=None):

@@ -127,6 +127,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(photograph, tmp_path, capsy
         (picture, "--seed", 2**70): "The seed must lie in [0, 4294967295]",
         (picture, "--times", 0.5, 3): "one is 3",
         (picture, "--source", "noisy"): "needs --models",
+        (picture, "--mask", "soft", "--softness", "inf"): "--softness must be positive and finite",
         (picture, "--autoencoder", tmp_path): "name the folder with --models instead",
         (picture, "--models", tmp_path / "nowhere"): "There is no folder",
     }.items():

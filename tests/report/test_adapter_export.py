@@ -126,7 +126,7 @@ def test_a_base_that_moved_is_named_and_another_refused(place, tmp_path, capsys)
     def export(**options):
         return lwd("export", workdir=tmp_path / "run", out=tmp_path / "out", form="adapter", **options)
 
-    assert export() == 2 and "is gone; name it with --base" in capsys.readouterr().err
+    assert export() == 2 and "is not there; name it with --base" in capsys.readouterr().err
     assert export(base=tmp_path / "other") == 2
     said = capsys.readouterr().err
     assert all(fingerprint(backbone(seed)[1])[:16] in said for seed in (1, 7)) and "another base" in said

@@ -93,7 +93,7 @@ def test_a_run_from_random_weights_needs_no_folder_but_for_its_autoencoder(tmp_p
 
 def test_an_autoencoder_that_is_gone_is_named(tmp_path):
     run = write_workdir(tmp_path / "run", 2, models={"autoencoder": "runs/gone"})
-    with pytest.raises(UserError, match="'runs/gone', which is gone"):
+    with pytest.raises(UserError, match="'runs/gone', which is not there .as seen from"):
         open_models(run).autoencoder()
 
 
