@@ -93,6 +93,9 @@ def test_config_and_dataset_that_fit(config_file, dataset, tmp_path, capsys):
         ("models", {"models": {"autoencoder": "/nowhere"}}),
         ("dataset", {"data": {"held_out": 4}}),
         ("dataset", {"data": {"dataset": "/nowhere"}}),
+        ("training", {"optimizer": {"name": "adamm"}}),
+        ("training", {"optimizer": {"freeze": ("nothing_here",)}}),
+        ("training", {"reconstruction": {"scales": (3,)}}),
     ],
 )
 def test_what_does_not_fit_fails_by_name(config_file, dataset, what, sections):
@@ -101,6 +104,29 @@ def test_what_does_not_fit_fails_by_name(config_file, dataset, what, sections):
     failed = [f for f in doctor.examine(args(config=config_file(**sections))) if f.verdict == "fail"]
     assert {finding.what for finding in failed} >= {what}
     assert all(finding.todo for finding in failed)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"matching": {"wavelet": "foo"}},
+        {"matching": {"levels": 9}},
+        {"matching": {"mask": "foo"}},
+        {"matching": {"time_sampler": "foo"}},
+        {"adapter": {"kind": "lora", "targets": ("nonsense",)}},
+    ],
+    ids=str,
+)
+def test_what_training_would_refuse_fails(cache, sections):
+    assert verdicts(list(doctor.check_config(stage2(cache, **sections))), "training") == ["fail"]
+    assert verdicts(list(doctor.check_config(stage2(cache))), "training") == ["ok"]
+
+
+def test_a_file_is_no_workdir_and_a_field_without_a_config_is_a_mistake(config_file, tmp_path, capsys):
+    findings = doctor.examine(args(config=config_file(), workdir=config_file()))
+    assert verdicts(findings, "workdir") == ["fail"]
+    assert main(["doctor", "--config.seed=3"]) == 2
+    assert "name it with --config" in capsys.readouterr().err
 
 
 def test_device_memory_is_compared_with_the_state(monkeypatch):
@@ -149,7 +175,7 @@ def stage2(cache, resolution=64, **changes):
         }
         for name, section in values.items()
     }
-    return load_config({"stage": 2, "resolution": resolution, **sections})
+    return load_config({"stage": 2, "resolution": resolution, **changes, **sections})
 
 
 def test_latents_that_fit_their_run(cache):

@@ -93,6 +93,13 @@ def test_files_of_one_name_do_not_meet(photograph, tmp_path):
     assert names == ["face~2", "face", "face~3"] and len(list((tmp_path / "out").glob("*.png"))) == 10
 
 
+def test_a_name_with_dollars_is_no_mathematics(photograph, tmp_path):
+    path = photograph[0]
+    for number, name in enumerate(("cost $5_and_$10.png", r"a$\frac$b.png")):
+        path.with_name(name).write_bytes(path.read_bytes())
+        assert inspect(path.with_name(name), "--out", tmp_path / str(number), "--times", 0.5) == 0
+
+
 def test_noisy_source_follows_the_noise(photograph, tmp_path):
     models = ("--models", write_pipeline(tmp_path / "sd3"), "--times", 0, 0.9)
     shares = {}

@@ -35,6 +35,27 @@ def test_version(capsys):
 SELDOM = {"matplotlib", "scipy", "tensorboardX", "torch", "diffusers", "transformers"}
 
 
+INTERRUPTED = """
+import sys, time
+import jax, jax.numpy as jnp
+from lwd_jax.cli import __main__ as program
+
+def main():
+    x = jnp.ones((1500, 1500))
+    for _ in range(200):  # is computed in another thread
+        x = x @ x / 1500
+    raise {error}
+
+program.main = main
+sys.exit(program.command())
+"""
+
+
+@pytest.mark.parametrize("error, code", [("KeyboardInterrupt", 130), ("SystemExit(143)", 143)])
+def test_an_interrupted_command_ends_at_once_while_something_is_computed(error, code):
+    assert subprocess.run([sys.executable, "-c", INTERRUPTED.format(error=error)]).returncode == code
+
+
 def test_commands_start_without_what_few_of_them_use(tmp_path):
     """Each takes a second to import. The metrics of a run do not need PyTorch; it can be imported after them."""
     script = f"""

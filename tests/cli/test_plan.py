@@ -50,6 +50,7 @@ def test_a_program_compiled_here(capsys, tmp_path):
         (["--topology", "v5e:4"], "2 sides"),
         (["--topology", "v5e:2x2"], "mesh"),
         (["--topology", "v5e:4x4", "--json", "/nowhere/plan.json"], "no folder '/nowhere'"),
+        (["--topology", "v5e:4x4", "--json", "/tmp"], "'/tmp' is a folder; name a file"),
         (["--topology", "v5e:4x4", "--config.mesh.fdsp=16"], "Did you mean 'fsdp'"),
     ],
 )

@@ -25,13 +25,14 @@ from lwd_jax.adapters.peft import FILE, write_file
 from lwd_jax.backbones import flux
 from lwd_jax.cli import main, parser_of, quickstart
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.cli.quickstart import WORDS, Clock, Part
+from lwd_jax.cli.quickstart import WORDS, Clock, Part, _check_source
 from lwd_jax.config import Adapter, Models
+from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import batch_parts, make_mesh
 from lwd_jax.report import quickstart as report
 from lwd_jax.report.export import export, import_models
 from lwd_jax.report.page import Code, Picture, Table
-from lwd_jax.report.photographs import Photograph, shipped
+from lwd_jax.report.photographs import Photograph, own, shipped
 from lwd_jax.report.pipeline import open_models
 from lwd_jax.report.quickstart import Run
 from lwd_jax.train.models import open_autoencoder, open_trained
@@ -208,6 +209,21 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, capsys):
     assert main(["quickstart", "--workdir", str(tmp_path / "run"), "--images", str(tmp_path / "missing")]) == 2
     assert "no folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_changed_is_told_and_the_workdir_in_it_is_no_part_of_it(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    workdir = tmp_path / "run"
+    (workdir / "squares").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(workdir / "squares" / "x.png")
+    for _ in range(2):
+        found = own(tmp_path, workdir)
+        assert [photograph.name for photograph in found] == ["0", "1", "2"]
+        _check_source(workdir, str(tmp_path), found, True, "sd3")
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UserError, match="other photographs"):
+        _check_source(workdir, str(tmp_path), own(tmp_path, workdir), True, "sd3")
 
 
 def test_a_workdir_keeps_to_its_photographs(tmp_path, capsys):

@@ -311,6 +311,21 @@ def test_an_import_replaces_nothing_but_an_import(runs, tmp_path):
         import_models(out, imported, stage=1, overwrite=True)
 
 
+def test_an_export_or_import_does_not_replace_what_it_reads(runs, tmp_path):
+    out = tmp_path / "out"
+    export(runs[0], out)
+    shutil.copytree(runs[0], out / "run")
+    with pytest.raises(UserError, match="out/run', which this command reads"):
+        export(out / "run", out, overwrite=True)
+    with pytest.raises(UserError, match="trained its own autoencoder"):
+        export(runs[0], tmp_path / "new", autoencoder=str(runs[0]))
+    imported = import_models(out, tmp_path / "imported", stage=1)
+    assert (imported.models.autoencoder_variant, imported.models.backbone_variant) == ("", "")
+    shutil.copytree(out, tmp_path / "imported" / "out")
+    with pytest.raises(UserError, match="imported/out', which this command reads"):
+        import_models(tmp_path / "imported" / "out", tmp_path / "imported", stage=1, overwrite=True)
+
+
 def test_a_failed_export_leaves_nothing(tmp_path):
     run = write_workdir(tmp_path / "run", 2, models={"autoencoder": str(tmp_path / "gone")})
     with pytest.raises(UserError, match="gone"):

@@ -4,7 +4,7 @@ import pytest
 from etils.epath.gpath import PosixGPath as Path
 
 from lwd_jax.errors import UserError
-from lwd_jax.report.staging import staged
+from lwd_jax.report.staging import check_free, staged
 
 
 def write(folder, text, overwrite=False):
@@ -43,3 +43,17 @@ def test_the_earlier_result_comes_back_when_it_cannot_be_replaced(tmp_path, monk
     with pytest.raises(OSError, match="No space"):
         write(out, "two", overwrite=True)
     assert (out / "result.txt").read_text() == "one" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "out/photos", "out/deep/run", "link/photos", "out/../out/photos"])
+def test_what_a_command_reads_is_not_overwritten(tmp_path, name):
+    write(tmp_path / "out", "one")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match=f"out is not overwritten: '{tmp_path}/{name}', which this command reads"):
+        check_free(tmp_path / "out", True, "result.txt", ["", tmp_path / "other", tmp_path / name])
+
+
+def test_what_lies_elsewhere_may_be_read(tmp_path):
+    write(tmp_path / "out", "one")
+    check_free(tmp_path / "out", True, "result.txt", ["", tmp_path, tmp_path / "out2", "gs://bucket/out"])
+    check_free(tmp_path / "new", False, "result.txt", [tmp_path / "new" / "photos"])

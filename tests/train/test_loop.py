@@ -188,6 +188,17 @@ def test_sigterm_saves_and_the_same_command_resumes(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state_of(whole)[0], state_of(tmp_path)[0])
 
 
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
+    """The run is whole, and who asked for an end is told of it."""
+
+    def previews(step, params):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    assert train(tmp_path, with_training(preview_every=6), previews=previews) == (6, signal.SIGTERM)
+
+
 def test_metrics_are_fetched_a_step_late(tmp_path, monkeypatch):
     """The next step has begun before the host waits for one."""
     happened, made, fetch = [], [], jax.device_get
