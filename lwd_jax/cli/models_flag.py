@@ -16,7 +16,7 @@ def open_given(
       base: of a run of adapters, where its base is now; "" = where it was.
 
     Raises:
-      UserError: there is no such folder, or it is neither; or `plain` of a folder, which has no averaged weights.
+      UserError: there is no such folder, or it is neither; or `plain` of what has one set of weights.
     """
     if autoencoder:
         open_models(autoencoder)  # a folder that is not there is named now, not when it is needed
@@ -26,4 +26,6 @@ def open_given(
             f"--plain takes the last weights of a run instead of the averaged ones, but '{models}' is a diffusers "
             "folder, which has one set of weights."
         )
+    if plain:
+        opened.check_plain()
     return opened

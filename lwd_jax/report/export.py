@@ -174,6 +174,8 @@ def export(
     models = open_models(workdir, ema=ema, autoencoder=autoencoder, base=base)
     if not isinstance(models, WorkdirModels):
         raise UserError(f"{workdir} is a diffusers folder already; lwd export takes the workdir of a run.")
+    if not ema:
+        models.check_plain()
     if dtype not in DTYPES:
         raise UserError(f"Weights can be written as {', '.join(DTYPES)}, but not as {dtype}.")
     stage = models.config.stage

@@ -261,6 +261,13 @@ class WorkdirModels:
         self._check_backbone()
         return _read(BACKBONE, self.path, self.ema, self.other_base, **options)
 
+    def check_plain(self) -> None:
+        """Raises UserError where there are no plain weights to use."""
+        if self.config.optimizer.name == SCHEDULE_FREE:
+            raise UserError(
+                f"{SCHEDULE_FREE}, which trained '{self.path}', keeps one set of weights to use, its average."
+            )
+
     def _check_backbone(self) -> None:
         if self.config.stage == 1:
             raise UserError(f"The run in '{self.path}' is of stage 1: it has an autoencoder, but no backbone.")

@@ -148,6 +148,8 @@ class _Profiler:
         self._folder, self._spool = workdir / "profile", None
         if self._start >= 0 and self._stop <= self._start:
             raise UserError(f"training.profile_stop {self._stop} must come after training.profile_start {self._start}.")
+        if self._start > config.training.steps:
+            raise UserError(f"training.profile_start {self._start} lies beyond training.steps {config.training.steps}.")
 
     def before(self, step: int) -> None:
         if step == self._start:

@@ -42,6 +42,8 @@ class Stored(NamedTuple):
 
 def header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. The library checks it, but accepts a name given twice; this does not."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a safetensors file.")
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:
             text = file.read(int.from_bytes(file.read(8), "little"))

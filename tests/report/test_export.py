@@ -16,6 +16,7 @@ from tiny_models import KL, SD3, random_params, write_pipeline, write_workdir
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.backbones import sd3
+from lwd_jax.cli.models_flag import open_given
 from lwd_jax.config import Sampling
 from lwd_jax.errors import UserError
 from lwd_jax.files import locked
@@ -324,6 +325,14 @@ def test_an_export_or_import_does_not_replace_what_it_reads(runs, tmp_path):
     shutil.copytree(out, tmp_path / "imported" / "out")
     with pytest.raises(UserError, match="imported/out', which this command reads"):
         import_models(tmp_path / "imported" / "out", tmp_path / "imported", stage=1, overwrite=True)
+
+
+def test_schedule_free_has_no_plain_weights(tmp_path):
+    run = write_workdir(tmp_path / "run", 1, optimizer={"name": "schedule_free_adamw"})
+    export(run, tmp_path / "out")
+    for use in (lambda: export(run, tmp_path / "plain", ema=False), lambda: open_given(str(run), plain=True)):
+        with pytest.raises(UserError, match="schedule_free_adamw.* keeps one set of weights to use"):
+            use()
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
