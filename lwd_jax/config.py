@@ -198,7 +198,6 @@ _DEFAULTS = Config()
 _INF = math.inf
 _SEEDS = 2**32  # jax.random.key reads 32 bits of a seed
 _RANGES = {  # field -> (lowest, highest, bounds are excluded)
-    "seed": (0, _SEEDS - 1, False),
     "resolution": (16, _INF, False),
     "data.batch_size": (1, _INF, False),
     "data.workers": (0, _INF, False),
@@ -291,6 +290,7 @@ def _check(config: Config) -> None:
         if _get(config, name) != _get(_DEFAULTS, name):
             raise UserError(f"Config '{name}' has no effect in stage {config.stage}; remove it.")
     _check_adapter(config)
+    check_seed(config.seed)
     for name in ("training.ema", "adapter.dropout", "optimizer.b1", "optimizer.b2"):
         if not 0 <= _get(config, name) < 1:
             raise UserError(f"Config field '{name}' must lie in [0, 1), but it is {_get(config, name)}.")

@@ -16,12 +16,12 @@ def command() -> int:
     keep_compiled("".join(sys.argv[1:2]), os.environ)
     try:
         return main()
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except (KeyboardInterrupt, SystemExit) as stopped:
         # Where a step is still computed, in another thread, taking the interpreter down would crash. What was to be
         # cleared up has been.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130)
+        os._exit(130 if isinstance(stopped, KeyboardInterrupt) else stopped.code or 0)
     finally:
         gc.freeze()
 

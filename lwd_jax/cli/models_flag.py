@@ -1,6 +1,5 @@
 """`--models` with `--plain` and `--autoencoder`, shared by the commands that open models."""
 
-from lwd_jax.errors import UserError
 from lwd_jax.report.pipeline import FolderModels, WorkdirModels, open_models
 
 
@@ -21,11 +20,6 @@ def open_given(
     if autoencoder:
         open_models(autoencoder)  # a folder that is not there is named now, not when it is needed
     opened = open_models(models, ema=not plain, autoencoder=autoencoder, base=base)
-    if plain and isinstance(opened, FolderModels):
-        raise UserError(
-            f"--plain takes the last weights of a run instead of the averaged ones, but '{models}' is a diffusers "
-            "folder, which has one set of weights."
-        )
     if plain:
         opened.check_plain()
     return opened

@@ -4,11 +4,10 @@ Traps of TFDS without TensorFlow: a picture goes in as encoded bytes and comes o
 more than one unknown dimension needs encoding="bytes"; 16-bit floats go in as a uint16 view.
 """
 
-import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np
@@ -61,30 +60,15 @@ def write_records(folder: Path, name: str, features: dict, rows: Iterable[dict])
     )
     writer = sequential_writer.SequentialWriter(info, RECORDS_PER_FILE, file_format="array_record")
     writer.initialize_splits([SPLIT])
-    count = 0
-    for chunk in _chunks(rows, RECORDS_PER_CALL):
-        count += len(chunk)
-        with _written_to(folder):
-            writer.add_examples({SPLIT: chunk})
-    with _written_to(folder):
-        writer.close_all()
-    return count
-
-
-def _chunks(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
-    """Lists of `size` rows, the last one of what is left; itertools.batched from Python 3.12 on."""
-    rows = iter(rows)
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk
-
-
-@contextlib.contextmanager
-def _written_to(folder: Path) -> Iterator[None]:
-    """ArrayRecord says what the system refused it in a RuntimeError."""
+    count, rows = 0, iter(rows)
     try:
-        yield
-    except RuntimeError as error:
+        while chunk := list(itertools.islice(rows, RECORDS_PER_CALL)):
+            count += len(chunk)
+            writer.add_examples({SPLIT: chunk})
+        writer.close_all()
+    except RuntimeError as error:  # in which ArrayRecord says what the system refused it
         raise UserError(f"The records in {folder} cannot be written ({str(error).split(';')[0]}).") from error
+    return count
 
 
 def check_described(folder: Path) -> None:

@@ -184,10 +184,15 @@ def _ids(captions: list[str], model, tokenizer, length: int):
     return padded.input_ids.to(model.device)
 
 
-def _longer(captions: list[str], tokenizer, length: int) -> int:
-    if not captions:  # which tokenizers do not take
-        return 0
-    return sum(len(ids) > length for ids in tokenizer(captions, truncation=True, max_length=length + 1).input_ids)
+def _counter(rooms: dict[str, tuple]) -> Callable:
+    """TextEncoder.longer of {"CLIP's 77 tokens": (tokenizer, 77)}."""
+
+    def count(captions: list[str], tokenizer, length: int) -> int:
+        if not captions:  # which tokenizers do not take
+            return 0
+        return sum(len(ids) > length for ids in tokenizer(captions, truncation=True, max_length=length + 1).input_ids)
+
+    return lambda captions: {name: count(captions, *room) for name, room in rooms.items()}
 
 
 def _numpy(states) -> np.ndarray:
@@ -292,10 +297,9 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
     def encode(captions: list[str]) -> States:
         return _sd3_states(captions, clips, t5, clip_length, max_length, width)
 
-    def longer(captions: list[str]) -> dict[str, int]:
-        found = {f"CLIP's {clip_length} tokens": _longer(captions, clips[0][1], clip_length)}
-        return found | ({f"T5's {max_length} tokens": _longer(captions, t5[1], max_length)} if t5 else {})
-
+    rooms = {f"CLIP's {clip_length} tokens": (clips[0][1], clip_length)}
+    if t5:
+        rooms[f"T5's {max_length} tokens"] = (t5[1], max_length)
     return TextEncoder(
         kind="sd3",
         fingerprint=_fingerprint("sd3", folder, parts, settings),
@@ -305,7 +309,7 @@ def sd3(folder: Path | None, max_length: int = 256, dtype: str = "float32") -> T
         settings=settings,
         notice=f"SD3's text encoders from '{folder}'{'' if t5 else ', without T5 (its states are zeros)'}.",
         encode=encode,
-        longer=longer,
+        longer=_counter(rooms),
     )
 
 
@@ -336,11 +340,8 @@ def flux(folder: Path | None, max_length: int = 512, dtype: str = "float32") -> 
         tokens = _numpy(t5[0](_ids(captions, *t5, max_length))[0])
         return States(tokens, np.ones(tokens.shape[:2], np.float32), pooled)
 
-    def longer(captions: list[str]) -> dict[str, int]:
-        room = clip[1].model_max_length
-        rooms = {f"CLIP's {room} tokens": (clip[1], room), f"T5's {max_length} tokens": (t5[1], max_length)}
-        return {name: _longer(captions, *how) for name, how in rooms.items()}
-
+    room = clip[1].model_max_length
+    rooms = {f"CLIP's {room} tokens": (clip[1], room), f"T5's {max_length} tokens": (t5[1], max_length)}
     return TextEncoder(
         kind="flux",
         fingerprint=_fingerprint("flux", folder, parts, settings),
@@ -350,7 +351,7 @@ def flux(folder: Path | None, max_length: int = 512, dtype: str = "float32") -> 
         settings=settings,
         notice=f"FLUX's text encoders from '{folder}'.",
         encode=encode,
-        longer=longer,
+        longer=_counter(rooms),
     )
 
 

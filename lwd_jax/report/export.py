@@ -139,6 +139,18 @@ def _writer(models: WorkdirModels, form: str):
     return functools.partial(_export_adapters, form=form)
 
 
+def _origin(models: WorkdirModels) -> dict:
+    """What the manifest says of the run."""
+    second = models.config.stage == 2
+    return {
+        "stage": models.config.stage,
+        "weights": models.describe()["weights"],
+        "text": models.text() if second else {},
+        "sampling": dataclasses.asdict(models.sampling()) if second else {},
+        "config": dataclasses.asdict(models.config),
+    }
+
+
 def export(
     workdir: str | os.PathLike,
     out: str | os.PathLike,
@@ -178,7 +190,6 @@ def export(
         models.check_plain()
     if dtype not in DTYPES:
         raise UserError(f"Weights can be written as {', '.join(DTYPES)}, but not as {dtype}.")
-    stage = models.config.stage
     write = _writer(models, form)
     if autoencoder and models.config.stage == 1:
         raise UserError(f"The run in '{workdir}' trained its own autoencoder: another one has no place in its export.")
@@ -186,18 +197,8 @@ def export(
         parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
         if FORMS[form] is None:
             _write_json(folder / INDEX, {"_diffusers_version": DIFFUSERS_VERSION} | parts)
-        manifest = {
-            "stage": stage,
-            "form": form,
-            "pipeline": parts["_class_name"],
-            "step": step,
-            "weights": models.describe()["weights"],
-            "dtype": dtype,
-            "fingerprints": fingerprints,
-            "text": models.text() if stage == 2 else {},
-            "sampling": dataclasses.asdict(models.sampling()) if stage == 2 else {},
-            "config": dataclasses.asdict(models.config),
-        }
+        about = {"form": form, "pipeline": parts["_class_name"], "step": step, "dtype": dtype}
+        manifest = about | {"fingerprints": fingerprints} | _origin(models)
         _write_json(folder / MANIFEST, manifest)
         absent = [part for part in parts if part in TEXT_PARTS and not (folder / part).is_dir()]
         write_card(folder, manifest, models.path, absent=absent, base=models.origin())
@@ -268,16 +269,20 @@ def import_models(
         training=Training(ema=0.0),
         **settings,
     )
-    workdir = locate(workdir)
+    _write_import(locate(workdir), overwrite, config, params or opened.params(), describe(kind, opened, extra))
+    return config
+
+
+def _write_import(workdir: Path, overwrite: bool, config: Config, params, description: str) -> None:
+    """A workdir with the one checkpoint of step 0, which no run writes to meanwhile."""
     unused = locked(workdir, f"The workdir '{workdir}'") if workdir.is_dir() else contextlib.nullcontext()
     with unused, staged(workdir, overwrite, "config.json") as target:
         zero = jnp.zeros((), jnp.int32)
         checkpoints = Checkpoints(target, keep=1)
         try:
-            checkpoints.save(State(zero, params or opened.params(), {}, {}, zero, zero), {}, config)
+            checkpoints.save(State(zero, params, {}, {}, zero, zero), {}, config)
             checkpoints.finish(0)
         finally:
             checkpoints.close()
-        (target / MODEL_FILE).write_text(describe(kind, opened, extra), encoding="utf-8")
+        (target / MODEL_FILE).write_text(description, encoding="utf-8")
         (target / "config.json").write_text(to_json(config) + "\n", encoding="utf-8")
-    return config

@@ -183,6 +183,13 @@ class FolderModels:
         folder = find_folder(self.path, kind.subfolder)
         return (folder / "config.json").is_file() and read_config(folder).get("_class_name") in kind.models
 
+    def check_plain(self) -> None:
+        """Raises UserError: there are no plain weights beside others."""
+        raise UserError(
+            f"--plain takes the last weights of a run instead of the averaged ones, but '{self.path}' is a diffusers "
+            "folder, which has one set of weights."
+        )
+
     def origin(self) -> Path:
         """The folder itself."""
         return self.path

@@ -57,3 +57,5 @@ def test_what_lies_elsewhere_may_be_read(tmp_path):
     write(tmp_path / "out", "one")
     check_free(tmp_path / "out", True, "result.txt", ["", tmp_path, tmp_path / "out2", "gs://bucket/out"])
     check_free(tmp_path / "new", False, "result.txt", [tmp_path / "new" / "photos"])
+    write(tmp_path / "out", "two", overwrite=True)
+    assert (tmp_path / "out" / "result.txt").read_text() == "two"
