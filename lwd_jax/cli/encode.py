@@ -33,6 +33,14 @@ EXAMPLE = (
     "lwd encode --dataset data/photographs --models runs/stage1 --text sd3 --text-models sd3-medium --out data/latents"
 )
 
+_ENCODERS = {"text_length": ("max_length",), "text_dtype": ("dtype",)}
+# Text encoder -> flag -> the settings of the encoder that it gives.
+_TEXT_FLAGS = {
+    "hashed_words": {"text_length": ("length",), "text_width": ("width", "pooled")},
+    "sd3": _ENCODERS,
+    "flux": _ENCODERS,
+}
+
 
 def arguments(parser) -> None:
     parser.add_argument("--dataset", required=True, help="folder made by lwd prepare")
@@ -88,12 +96,14 @@ def _mesh(args) -> Mesh:
 
 
 def _text_settings(args, kind: str) -> dict:
-    given = {
-        "hashed_words": {"length": args.text_length, "width": args.text_width, "pooled": args.text_width},
-        "sd3": {"max_length": args.text_length, "dtype": args.text_dtype},
-        "flux": {"max_length": args.text_length, "dtype": args.text_dtype},
-    }[kind]
-    return {name: value for name, value in given.items() if value is not None}
+    settings = {}
+    for flag in ("text_length", "text_width", "text_dtype"):
+        value, fields = getattr(args, flag), _TEXT_FLAGS[kind].get(flag)
+        if value is not None and fields is None:
+            raise UserError(f"--{flag.replace('_', '-')} says nothing to the text encoder {kind}.")
+        if value is not None:
+            settings |= dict.fromkeys(fields, value)
+    return settings
 
 
 def make_encoder(module, params, mesh: Mesh) -> Encoder:

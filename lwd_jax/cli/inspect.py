@@ -114,7 +114,8 @@ def read_picture(path: str, long_side: int | None) -> np.ndarray:
     if long_side:
         size = np.round(size * min(1, long_side / size.max())).astype(int)
     if size.min() < SMALLEST:
-        raise UserError(f"'{path}' is not used: {size[1]} x {size[0]} px is less than {SMALLEST} px.")
+        scaled = f", scaled to --long-side {long_side}," if long_side else ""
+        raise UserError(f"'{path}' is not used: {size[1]} x {size[0]} px{scaled} is less than {SMALLEST} px.")
     picture = decode(standard.data, tuple(map(int, size)))
     height, width = size // DIVISOR * DIVISOR
     top, left = (size - (height, width)) // 2

@@ -21,7 +21,7 @@ from lwd_jax.plan.flags import as_words, flags_of
 from lwd_jax.plan.programs import Makers, names_of
 from lwd_jax.plan.result import Result
 from lwd_jax.plan.search import Try, suggest, sweep
-from lwd_jax.plan.table import as_json, quantity, sweep_head, sweep_json, sweep_row, sweep_text, text
+from lwd_jax.plan.table import as_json, machines, quantity, sweep_head, sweep_json, sweep_row, sweep_text, text
 from lwd_jax.plan.topology import GIB, Topology, open_topology, parse
 from lwd_jax.sample.generate import make_decoder, make_sampler
 
@@ -110,9 +110,20 @@ def _suggest(args, config: Config, topology: Topology) -> Try | None:
     return found
 
 
+def _suggested(args, config: Config, topology: Topology, results: list[Result]) -> dict:
+    """What --suggest adds to the plan; says so where there is nothing to suggest."""
+    fits = next((result.fits(topology) for result in results if result.program == "train"), None)
+    if fits is False:
+        found = _suggest(args, config, topology)
+        return {"suggested": found and {"words": found.words, "peak": found.result.peak}}
+    why = "whether the train step fits is not known" if fits is None else "the train step fits as it is"
+    print(f"\nNothing to suggest: {why}.")
+    return {}
+
+
 def _sweep(args, config: Config, topology: Topology) -> tuple[dict, Try | None]:
     """(what plan["sweep"] becomes, the best settings), printed as it goes on."""
-    print(f"\nThe train step of {config.name or 'the run'} on {topology.name}, {topology.chips} chips:", flush=True)
+    print(f"\nThe train step of {config.name or 'the run'} on {machines(topology)}:", flush=True)
     print(sweep_head(), flush=True)
 
     def on_try(tried: Try) -> None:
@@ -146,9 +157,8 @@ def run(args) -> None:
         _check_writable(locate(args.json))
     results, best = _plan(args, config, topology), None
     plan = as_json(config, topology, results)
-    if args.suggest and results and results[0].program == "train" and results[0].fits(topology) is False:
-        found = _suggest(args, config, topology)
-        plan["suggested"] = found and {"words": found.words, "peak": found.result.peak}
+    if args.suggest and results:
+        plan |= _suggested(args, config, topology, results)
     if args.sweep is not None:
         plan["sweep"], best = _sweep(args, config, topology)
     if args.json:

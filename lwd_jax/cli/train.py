@@ -14,9 +14,11 @@ import jax
 
 from lwd_jax.cli.config_flag import read_config
 from lwd_jax.config import Config, to_json
+from lwd_jax.data import dataset, latents
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
 from lwd_jax.parallel import processes
+from lwd_jax.report import pipeline
 from lwd_jax.report.previews import make_previews
 from lwd_jax.train.checkpoint import saved_steps
 from lwd_jax.train.loop import Outcome
@@ -25,6 +27,14 @@ from lwd_jax.train.models import TRAINED
 from lwd_jax.train.setup import make_setup
 
 EXAMPLE = "lwd train --config=configs/stage2_sd3_1024.py --workdir=runs/stage2 --config.optimizer.learning_rate=1e-5"
+
+# What other commands write, by the file that tells.
+_OTHERS = {
+    dataset.INDEX: "a dataset",
+    latents.METADATA: "latents",
+    pipeline.MANIFEST: "an export",
+    "model_index.json": "a diffusers pipeline",
+}
 
 
 def arguments(parser) -> None:
@@ -50,6 +60,9 @@ def train(config: Config, workdir: str | os.PathLike) -> Outcome:
       UserError: whatever is missing or does not fit, and which.
     """
     workdir = locate(workdir)
+    for name, what in _OTHERS.items():
+        if (workdir / name).is_file():
+            raise UserError(f"'{workdir}' holds {what}; name a folder of its own for the run.")
     processes.agree(
         f"{to_json(config)} {workdir}",
         "The processes of this run were not started with the same config and workdir: give each the same command.",

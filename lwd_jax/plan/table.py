@@ -88,13 +88,22 @@ def columns(config: Config, topology: Topology, results: list[Result]) -> list[d
 
 def heading(config: Config, topology: Topology, mesh: dict[str, int]) -> str:
     """What is planned, in one line."""
-    slices = f" x {topology.slices} slices" if topology.slices > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
-    hosts = f" on {topology.hosts} hosts" if topology.chip.platform == "tpu" else ""
     return (
         f"{config.name or 'run'}: stage {config.stage}, {config.resolution} px, remat {config.remat}, {config.dtype}; "
-        f"{topology.name}{slices}, {topology.chips} chips{hosts}; mesh {axes}"
+        f"{machines(topology)}; mesh {axes}"
     )
+
+
+def machines(topology: Topology) -> str:
+    """How many there are of what, in words."""
+    slices = f" x {topology.slices} slices" if topology.slices > 1 else ""
+    hosts = f" on {_count(topology.hosts, 'host')}" if topology.chip.platform == "tpu" else ""
+    return f"{topology.name}{slices}, {_count(topology.chips, 'chip')}{hosts}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def text(config: Config, topology: Topology, results: list[Result]) -> str:

@@ -24,7 +24,6 @@ from lwd_jax.report.pipeline import (
     DYNAMIC_SHIFT,
     FAMILIES,
     MANIFEST,
-    SD3,
     TEXT_PARTS,
     Family,
     FolderModels,
@@ -90,11 +89,10 @@ def _add_scheduler(folder: Path, sampling: Sampling, family: Family) -> str:
 
 
 def _export_autoencoder(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
-    """Stage 1: (entries of model_index.json, fingerprints, step)."""
+    """Stage 1: (entries of model_index.json, fingerprints, step). An autoencoder alone is no pipeline: no entries."""
     _, module, params, step = models.trained()
     save_autoencoder(folder / "vae", module, params, dtype=dtype)
-    parts = {"_class_name": SD3.pipeline, "vae": ("diffusers", "AutoencoderKL")}
-    return parts, {"autoencoder": fingerprint(params)}, step
+    return {}, {"autoencoder": fingerprint(params)}, step
 
 
 def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
@@ -195,9 +193,9 @@ def export(
         raise UserError(f"The run in '{workdir}' trained its own autoencoder: another one has no place in its export.")
     with staged(out, overwrite, MANIFEST, (workdir, autoencoder, base)) as folder:
         parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
-        if FORMS[form] is None:
+        if FORMS[form] is None and parts:
             _write_json(folder / INDEX, {"_diffusers_version": DIFFUSERS_VERSION} | parts)
-        about = {"form": form, "pipeline": parts["_class_name"], "step": step, "dtype": dtype}
+        about = {"form": form, "pipeline": parts.get("_class_name", ""), "step": step, "dtype": dtype}
         manifest = about | {"fingerprints": fingerprints} | _origin(models)
         _write_json(folder / MANIFEST, manifest)
         absent = [part for part in parts if part in TEXT_PARTS and not (folder / part).is_dir()]

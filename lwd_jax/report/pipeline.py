@@ -28,7 +28,7 @@ from lwd_jax.train.step import keeps_average
 from lwd_jax.weights.folder import is_file, read_config
 from lwd_jax.weights.model import find, find_folder
 
-MANIFEST = "lwd.json"  # what `lwd export` writes beside model_index.json
+MANIFEST = "lwd.json"  # what `lwd export` writes beside the models
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -324,8 +324,8 @@ def open_models(
     """The models of a diffusers folder or of a workdir; nothing is read yet.
 
     Args:
-      path: a folder with model_index.json, the folder of one model, a backbone's file in its original layout, or a
-        workdir with config.json and checkpoints/.
+      path: a folder with model_index.json, the folder of one model, an export of stage 1 (a folder with vae/), a
+        backbone's file in its original layout, or a workdir with config.json and checkpoints/.
       ema: of a workdir, the averaged weights.
       autoencoder: another folder or workdir to take the autoencoder from; "" = the folder's own, or the one that the
         run used.
@@ -346,8 +346,9 @@ def open_models(
         return run
     if base:
         raise UserError(f"'{path}' is no run of adapters: it needs no base.")
-    if any((path / name).is_file() for name in ("model_index.json", "config.json")):
-        return FolderModels(path, other_autoencoder=autoencoder)
+    models = FolderModels(path, other_autoencoder=autoencoder)
+    if any((path / name).is_file() for name in ("model_index.json", "config.json")) or models.has_autoencoder():
+        return models
     raise UserError(f"'{path}' holds no models: it is neither a diffusers folder nor a workdir.")
 
 

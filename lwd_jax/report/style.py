@@ -4,6 +4,7 @@ Matplotlib is imported where a figure is made: it takes a second, and few comman
 """
 
 import io
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ def figure(height: float) -> "Figure":
 def png(made: "Figure") -> bytes:
     """The picture as PNG bytes, without a date, so that equal figures are equal bytes."""
     out = io.BytesIO()
-    made.savefig(out, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
+    with warnings.catch_warnings():
+        # A name of a file in letters that the font lacks is drawn as boxes: it is whole in what is printed.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        made.savefig(out, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
     return out.getvalue()
 
 

@@ -83,9 +83,12 @@ def init_params(model: Model, config, key: jax.Array, dtype=jnp.float32, *, shar
 
 
 def find_folder(folder: str | os.PathLike, subfolder: str) -> Path:
-    """The model's own folder: `folder`, or its `subfolder` where it is a whole pipeline's (has a model_index.json)."""
+    """The model's own folder: `folder`, or its `subfolder` where that is a whole pipeline's (has a model_index.json) or
+    one part of a pipeline (has the subfolder, and no config of its own).
+    """
     folder = on_disk(folder, "A diffusers folder")
-    return folder / subfolder if (folder / "model_index.json").is_file() else folder
+    part = not (folder / "config.json").is_file() and (folder / subfolder / "config.json").is_file()
+    return folder / subfolder if part or (folder / "model_index.json").is_file() else folder
 
 
 def find(models: Mapping[str, Model], folder: str | os.PathLike, subfolder: str) -> tuple[Model, Any, Callable]:

@@ -121,6 +121,8 @@ def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
         (["--text", "hashed_words", "--text-length", "0"], "at least one token"),
         (["--text", "hashed_words", "--text-width", "-3"], "at least one token"),
         (["--text", "hashed_words", "--out", "IMAGES"], "choose another --out"),
+        (["--text", "hashed_words", "--text-dtype", "float16"], "--text-dtype says nothing to the text encoder hashed"),
+        (["--text", "sd3", "--text-models", "one", "--text-width", "8"], "--text-width says nothing to the text encod"),
     ],
 )
 def test_mistakes_are_one_sentence(root, capsys, change, words):

@@ -120,7 +120,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(photograph, tmp_path, capsy
     picture, out = photograph[0], tmp_path / "out"
     text = tmp_path / "text.png"
     text.write_text("no picture")
-    bomb = tmp_path / "bomb.png"
+    bomb, strip = tmp_path / "bomb.png", tmp_path / "strip.png"
+    Image.new("RGB", (1000, 100)).save(strip)
     Image.new("1", (20_000, 20_000)).save(bomb)
     for arguments, said in {
         (tmp_path / "missing.png",): "is not there",
@@ -135,6 +136,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(photograph, tmp_path, capsy
         (picture, "--times", 0.5, 3): "one is 3",
         (picture, "--source", "noisy"): "needs --models",
         (picture, "--mask", "soft", "--softness", "inf"): "--softness must be positive and finite",
+        (strip, "--long-side", 100): "100 x 10 px, scaled to --long-side 100, is less than",
         (picture, "--autoencoder", tmp_path): "name the folder with --models instead",
         (picture, "--models", tmp_path / "nowhere"): "There is no folder",
     }.items():

@@ -80,6 +80,15 @@ def test_fast_is_of_the_tpu_compiler(monkeypatch, capsys):
     assert len(asked) > 1 and set(asked) == {("train", True, True)}
 
 
+def test_where_there_is_nothing_to_suggest_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    words = [TINY2, "--config.mesh.data=1", "--config.mesh.fsdp=1", "--topology", "v5e:1x1", "--program", "train"]
+    assert main(["plan", *words, "--suggest"]) == 0
+    shown = capsys.readouterr().out
+    assert "Nothing to suggest: whether the train step fits is not known." in shown
+    assert "v5e:1x1, 1 chip on 1 host;" in shown
+
+
 def test_stage_1_does_not_sample(capsys):
     assert main(["plan", TINY, "--topology", "cpu:1", "--program", "sample"]) == 2
     assert "stage 1 has no program 'sample'" in capsys.readouterr().err

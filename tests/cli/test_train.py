@@ -168,6 +168,13 @@ def test_a_start_from_random_weights_is_told(root, tmp_path, capsys, monkeypatch
     assert ("The autoencoder starts from random weights" in capsys.readouterr().out) != named
 
 
+@pytest.mark.parametrize("folder, words", [("dataset", "holds a dataset"), ("latents", "holds latents")])
+def test_a_run_is_not_mixed_with_what_another_command_wrote(root, capsys, folder, words):
+    before = sorted((root / folder).rglob("*"))
+    assert main(command(root, root / folder)[3:]) == 2
+    assert words in capsys.readouterr().err and sorted((root / folder).rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     "stage, overrides, words",
     [

@@ -192,6 +192,7 @@ def test_stage_1_gives_an_autoencoder(runs, tmp_path):
     models = open_models(folder)
     assert fingerprint(models.autoencoder()[1]) == fingerprint(random_params(kl.AUTOENCODER, KL, 110))
     assert "psnr" not in (folder / "README.md").read_text() and not models.has_backbone()
+    assert not (folder / "model_index.json").exists()  # or a pipeline of diffusers would begin to load it
 
 
 # ----------------------------------------------------------------------------------------------------------- card

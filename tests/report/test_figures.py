@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lwd_jax.evaluate.spectrum import Spectrum
-from lwd_jax.report import figures
+from lwd_jax.report import figures, style
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (40, 60, 3), np.uint8), RNG.integers(0, 256, (50, 30, 3), np.uint8)]
@@ -56,6 +56,14 @@ def test_equal_arrays_give_equal_bytes_and_leave_no_style_behind():
     before = dict(matplotlib.rcParams)
     assert MADE["bins"]() == MADE["bins"]()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_letters_that_the_font_lacks_are_drawn_without_a_word(recwarn):
+    with style.style():
+        drawn = style.figure(1.0)
+        drawn.suptitle("\u5199\u771f")
+        style.png(drawn)
+    assert not recwarn.list
 
 
 def test_supervised_keeps_colour_where_the_mask_is_and_fades_the_rest():
