@@ -25,6 +25,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
@@ -33,3 +34,12 @@ flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 def pytest_collection_modifyitems(items):
     """The longest test begins first: with two workers it would otherwise run alone at the end."""
     items.sort(key=lambda item: item.originalname != "test_quickstart_from_photographs_to_report")
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """JAX's own checks of what cuDNN takes, without the library and the chip: its attention can be traced."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)

@@ -34,12 +34,16 @@ def _cudnn(q, k, v, real):
     To train, cuDNN wants even lengths, and a mask as a bias of L x S. Odd lengths are padded instead, keys that are
     padding are moved behind the others, and it is told how many there are.
 
+    Where jax finds no cuDNN, a program that is traced for a GPU elsewhere has plain products instead, for `lwd plan` to
+    count; on a GPU that is an error.
+
     The output has no name: the remat policy keeps all that the fused primitive returns, the output among it, and would
     keep a named copy beside it.
     """
     if q.dtype not in _HALF or q.shape[-1] % 8 or q.shape[-1] > 128:
         return blockwise(q, k, v, real)
-    (rows, queries), keys, lengths = q.shape[:2], k.shape[1], {}
+    given, lengths = (q, k, v, real), {}
+    (rows, queries), keys = q.shape[:2], k.shape[1]
     if real is not None or queries % 2 or keys % 2:
         found = jnp.full(rows, keys) if real is None else real.sum(1)
         lengths = {
@@ -50,7 +54,12 @@ def _cudnn(q, k, v, real):
         order = jnp.argsort(~real, axis=1, stable=True)[..., None, None]
         k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
+    try:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
+    except RuntimeError:
+        if jax.default_backend() == "gpu":
+            raise
+    return blockwise(*given)
 
 
 def splash(q, k, v, real):

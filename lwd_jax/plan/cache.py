@@ -24,7 +24,8 @@ from lwd_jax.plan.result import Memory, Result
 from lwd_jax.plan.topology import Topology
 from lwd_jax.plan.traffic import Traffic
 
-_VERSIONS = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_COMPILERS = ("libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", *_COMPILERS)
 _GIVEN = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # flags of the compilers, beside those of plan.flags
 
 

@@ -102,7 +102,7 @@ def plan_program(
     program = planned(config, mesh, topology.chip.platform, makers, name)
     if topology.devices is None:
         return evaluate(program, mesh, topology)
-    if topology.chip.platform != "tpu":  # other devices are this machine's own, of which the key says nothing
+    if topology.here:  # the key says nothing of this machine
         return compile_program(program, mesh, topology)
     key = cache.key_of(config, topology, name, program.arguments)
     early = f"{key}-fast"

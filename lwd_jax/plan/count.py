@@ -1,7 +1,8 @@
 """Floating-point operations of a traced program: the products and convolutions of its jaxpr without dead code.
 
-Loops are multiplied, and so are the grids of Pallas kernels, which XLA's cost analysis does not see; what remat
-computes again is there as often as it is computed. Everything else (norms, softmax, optimizer) is not counted.
+Loops are multiplied, and so are the grids of Pallas kernels, which XLA's cost analysis does not see, nor cuDNN's
+attention; what remat computes again is there as often as it is computed. Everything else (norms, softmax, optimizer)
+is not counted.
 """
 
 import math
@@ -17,7 +18,7 @@ class Operations(NamedTuple):
 
     Attributes:
       plain: of products and convolutions.
-      kernels: of those inside Pallas kernels.
+      kernels: of those inside Pallas kernels and cuDNN's attention.
     """
 
     plain: float = 0.0
@@ -47,7 +48,21 @@ def _convolution(equation) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * each
 
 
+def _cudnn(products: int) -> Callable:
+    """So many products of cuDNN's attention: q, k and v are [B T N d] and [B S N d]."""
+
+    def count(equation) -> float:
+        query, key = (value.aval.shape for value in equation.invars[:2])
+        return products * 2.0 * math.prod(query) * key[1]
+
+    return count
+
+
 _COUNTED = {"dot_general": _product, "conv_general_dilated": _convolution}
+_KERNELS = {  # q k^T and p v; and those of dq, dk, dv and the softmax's gradient, with q k^T once more
+    "dot_product_attention_fwd_wrapper": _cudnn(2),
+    "dot_product_attention_bwd_wrapper": _cudnn(5),
+}
 
 
 def _jaxprs(parameters: Any) -> Iterator:
@@ -86,8 +101,14 @@ def _inside(equation) -> Operations:
 def _operations(jaxpr) -> Operations:
     total = Operations()
     for equation in jaxpr.eqns:
-        count = _COUNTED.get(equation.primitive.name)
-        total = total.plus(Operations(plain=count(equation)) if count else _inside(equation))
+        name = equation.primitive.name
+        if name in _COUNTED:
+            found = Operations(plain=_COUNTED[name](equation))
+        elif name in _KERNELS:
+            found = Operations(kernels=_KERNELS[name](equation))
+        else:
+            found = _inside(equation)
+        total = total.plus(found)
     return total
 
 

@@ -16,6 +16,7 @@ from etils.epath import Path
 
 from lwd_jax.config import Config
 from lwd_jax.errors import UserError
+from lwd_jax.plan import gpus
 from lwd_jax.plan.flags import flags_of
 from lwd_jax.plan.programs import Makers, Planned, mesh_of, planned
 from lwd_jax.plan.result import Memory
@@ -88,14 +89,15 @@ def _analysed(compiled: Any) -> Memory:
 
 
 def compile_whole(program: Planned, topology: Topology) -> Layout:
-    """The layout of a program with its code, for a TPU slice or for devices of this machine.
+    """The layout of a program with its code, for a TPU slice, for GPUs or for devices of this machine.
 
     Raises:
       JaxRuntimeError: the compiler refused it.
     """
     lowered, flags = program.lower(), flags_of(topology.name)
     if topology.chip.platform != "tpu":
-        compiled = lowered.compile(compiler_options=flags)
+        elsewhere = gpus.OPTIONS if topology.chip.platform == "gpu" and not topology.here else {}
+        compiled = lowered.compile(compiler_options=flags | elsewhere)
         return Layout(_analysed(compiled), compiled.as_text())
     with tempfile.TemporaryDirectory(prefix="lwd-plan-") as folder:
         compiled = lowered.compile(compiler_options=flags | _dump_flags(folder))

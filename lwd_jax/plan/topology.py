@@ -1,7 +1,8 @@
 """The machines that a plan is made for: chip kinds with their public figures, and slices by name.
 
 A name is KIND:SHAPE, the shape in chips: `v5e:4x4`, `v5p:2x2x4`, `v6e:16x16`; of GPUs their number, `h200:8`. libtpu
-compiles for the TPU slices on any machine. `cpu:8` is eight (simulated) devices of this machine.
+compiles for the TPU slices on any machine, and the extra [cuda] for the GPUs. `cpu:8` is eight (simulated) devices of
+this machine.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lwd_jax.errors import UserError, choose
+from lwd_jax.plan import gpus
 
 GIB = 2**30
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
@@ -74,6 +76,7 @@ class Topology(NamedTuple):
       sides: chips along each side of one slice.
       slices: how many.
       devices: of jax, to compile for; None where this machine cannot.
+      here: they are this machine's own, which run what is compiled for them.
       missing: why it cannot; "" where it can.
     """
 
@@ -82,6 +85,7 @@ class Topology(NamedTuple):
     sides: tuple[int, ...]
     slices: int = 1
     devices: list[Any] | None = None
+    here: bool = False
     missing: str = ""
 
     @property
@@ -197,7 +201,17 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         if not has_libtpu():
             return topology._replace(missing=NO_LIBTPU)
         return topology._replace(devices=_tpu_devices(topology))
+    if topology.chip.platform == "gpu":
+        gpus.allow_none()
     try:
-        return topology._replace(devices=_local_devices(topology))
+        return topology._replace(devices=_local_devices(topology), here=True)
     except UserError as error:
-        return topology._replace(missing=str(error))
+        return _gpus_elsewhere(topology) if topology.chip.platform == "gpu" else topology._replace(missing=str(error))
+
+
+def _gpus_elsewhere(topology: Topology) -> Topology:
+    """With GPUs to compile for that are not here, or why there are none."""
+    kind, chip = topology.name.partition(":")[0], topology.chip
+    if not gpus.has_compiler():
+        return topology._replace(missing=gpus.NO_COMPILER.format(name=topology.name, count=topology.chips))
+    return topology._replace(devices=gpus.devices(kind, topology.chips, chip.hbm, chip.hbm_bandwidth))

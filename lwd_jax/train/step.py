@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lwd_jax import config as configs
+from lwd_jax.nn.platform import platform
 from lwd_jax.train.operands import of_masters
 from lwd_jax.train.optimizer import SCHEDULE_FREE, learning_rate, make_optimizer
 from lwd_jax.train.state import State, float32, merge, split
@@ -91,6 +92,17 @@ def keeps_average(config: configs.Config) -> bool:
     return config.training.ema > 0 or config.optimizer.name == SCHEDULE_FREE
 
 
+def _where(finite: jax.Array, update: Callable, old: Any, *given: Any) -> Any:
+    """`update(old, *given)`, or `old` where the step is not finite; whatever of it XLA updates in place.
+
+    A GPU does it by a select, which goes into the one kernel of each parameter; it would copy all that comes out of a
+    conditional: 30 GB for SD3-medium. TPUs and CPUs update in a conditional's place, and would copy for a select.
+    """
+    if platform() == "gpu":
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(old, *given), old)
+    return jax.lax.cond(finite, update, lambda old, *_: old, old, *given)
+
+
 def make_step(trained: frozenset[str], config: configs.Config, operands: Callable) -> Callable:
     """`(loss, state, batch, key) -> (state, metrics)`; to be jitted with the state donated.
 
@@ -127,10 +139,7 @@ def make_step(trained: frozenset[str], config: configs.Config, operands: Callabl
         with jax.named_scope("norm"):
             norm = optax.global_norm(float32(gradients))
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        # A conditional: a select between the old and the new arrays would keep a copy of what is updated in place.
-        kept = jax.lax.cond(
-            finite, update, lambda old, *_: old, (trainable, state.opt_state, state.ema), gradients, norm
-        )
+        kept = _where(finite, update, (trainable, state.opt_state, state.ema), gradients, norm)
         skipped = state.skipped + ~finite
         streak = jnp.where(finite, 0, state.streak + 1)
         metrics |= {

@@ -31,6 +31,16 @@ def test_without_libtpu_the_state_is_evaluated_by_shape(monkeypatch, capsys, tmp
     assert encode["roofline"]["binds"] == "compute"
 
 
+def test_gpus_without_cudnn_are_evaluated_by_shape(monkeypatch, capsys):
+    """jax refuses to trace cuDNN's attention where there is no cuDNN."""
+    monkeypatch.setattr(topology.gpus, "has_compiler", lambda: False)
+    words = ["--config.data.batch_size=1", "--config.mesh.fsdp=1", "--topology", "h100:1", "--program", "train"]
+    assert main(["plan", SD3, *words]) == 0
+    shown = capsys.readouterr().out
+    assert "Missing: Compiling for h100:1 needs 1 such GPUs here, or their compiler" in shown
+    assert "state and batch, by shape  30.2" in shown
+
+
 def test_a_program_compiled_here(capsys, tmp_path):
     file = tmp_path / "plan.json"
     words = ["plan", TINY, "--topology", "cpu:2", "--program", "decode", "--json", str(file)]

@@ -118,18 +118,25 @@ def test_what_is_asked_of_cudnn_is_the_same_attention(monkeypatch, lengths, mask
     assert asked == ["cudnn"]
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """JAX's own checks of what cuDNN takes, without the library and the chip."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_without_cudnn_a_plan_counts_plain_products_and_a_gpu_says_so(monkeypatch, backend):
+    def missing(*_, **__):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    q, k, v = (draw(2, 5, 3, 8, seed=seed).astype(jnp.bfloat16) for seed in range(3))
+    real = jnp.array([[True, False, True, True, False], [False, True, True, True, True]])
+    if backend == "gpu":
+        with pytest.raises(RuntimeError, match="not detected"):
+            room._cudnn(q, k, v, real)
+    else:
+        np.testing.assert_array_equal(room._cudnn(q, k, v, real), room.blockwise(q, k, v, real))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("lengths", [*LENGTHS, (4429, 4429)])  # SD3's at 1024 px
-def test_cudnn_takes_it_and_trains(as_on_a_gpu, lengths, masked):
+def test_cudnn_takes_it_and_trains(with_cudnn, lengths, masked):
     q, k = (jax.ShapeDtypeStruct((2, length, 3, 64), jnp.bfloat16) for length in lengths)
     real = jnp.ones((2, lengths[1]), bool) if masked else None
 
@@ -151,7 +158,7 @@ def kept_for_backward(platform, dtype):
     return sorted(leaf.shape for leaf in jax.tree.leaves(backward))
 
 
-def test_remat_keeps_the_output_once(as_on_a_gpu):
+def test_remat_keeps_the_output_once(with_cudnn):
     """And the log-sum-exp, each once; with cuDNN traced as on a GPU."""
     arguments = [(1, 4, 2, 64)] * 2
     assert kept_for_backward("cpu", jnp.bfloat16) == sorted(arguments + [(1, 2, 4, 64), (1, 2, 4, 1)])

@@ -53,6 +53,18 @@ def test_a_convolution_and_its_gradients():
     assert of_input == forward
 
 
+def test_cudnns_attention_and_its_gradients(with_cudnn):
+    """Two products forward; five to go back, of which one is computed again."""
+    q, k = (jax.ShapeDtypeStruct((2, length, 3, 8), jnp.bfloat16) for length in (6, 10))
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32).sum()
+
+    product = 2 * 2 * 3 * 6 * 10 * 8
+    assert operations(attend, q, k, k) == (0, 2 * product)
+    assert operations(jax.grad(attend, (0, 1, 2)), q, k, k) == (0, 7 * product)
+
+
 def test_the_largest_branch_of_a_conditional():
     def function(flag, x):
         return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)

@@ -74,6 +74,19 @@ def test_devices_of_this_machine():
     assert "h200" in open_topology("h200:1").missing or open_topology("h200:1").devices
 
 
+def test_gpus_that_are_not_here_need_their_compiler(monkeypatch):
+    monkeypatch.setattr(topology.gpus, "has_compiler", lambda: False)
+    found = open_topology("h200:512")
+    assert found.devices is None and "needs 512 such GPUs here, or their compiler" in found.missing
+    assert "lwd_jax[cuda]" in found.missing
+    with pytest.raises(UserError, match="12 of them are no whole hosts"):
+        topology.gpus.devices("h100", 12, 80e9, 3e12)
+
+
+def test_every_gpu_can_be_described():
+    assert set(topology.gpus.TARGETS) == {name for name, chip in CHIPS.items() if chip.platform == "gpu"}
+
+
 def test_slices_of_libtpu():
     pytest.importorskip("libtpu")
     assert len(open_topology("v5p:1x1x1").devices) == 1

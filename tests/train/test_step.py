@@ -11,6 +11,7 @@ from toy_stage import toy_batch, toy_config, toy_params, toy_stage
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
+from lwd_jax.nn.platform import for_platform
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train.program import Stage, build_program
 from lwd_jax.train.state import eval_params
@@ -181,13 +182,15 @@ def test_no_average():
     assert largest_difference(eval_params(state), state.params) == 0
 
 
-def test_a_non_finite_step_is_skipped_and_counted():
-    def poisoned(index, size):
-        batch = toy_batch(index, size)
-        if index in (1, 2):
-            batch["weight"][3] = np.nan
-        return batch
+def poisoned(index, size):
+    """The batch of a step; those of steps 1 and 2 have a NaN."""
+    batch = toy_batch(index, size)
+    if index in (1, 2):
+        batch["weight"][3] = np.nan
+    return batch
 
+
+def test_a_non_finite_step_is_skipped_and_counted():
     program = one_device(CONFIG)
     good, _ = take(program, 1)
     kept = jax.device_get((good.params, good.opt_state, good.ema))
@@ -198,6 +201,20 @@ def test_a_non_finite_step_is_skipped_and_counted():
     after, metrics = take(program, 1, poisoned, bad)
     assert np.isfinite(metrics["loss"]) and int(after.skipped) == 2 and int(after.streak) == 0
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(kept[0]), jax.tree.leaves(jax.device_get(after.params))))
+
+
+def test_a_gpu_takes_and_skips_the_same_steps():
+    """Bit for bit. It selects, where other platforms branch: no conditional holds a parameter (it would be copied)."""
+    found = {}
+    for name in ("gpu", "cpu"):
+        with for_platform(name):
+            program = build_program(CONFIG, make_mesh(configs.Mesh(), ONE), toy_stage())
+            state = program.init(jax.random.key(0))
+            text = program.step.lower(state, place(program, toy_batch(0, 8)), jax.random.key(1)).as_text()
+            found[name] = [*take(program, 3, poisoned), text.count("stablehlo.case")]
+    assert int(found["gpu"][0].skipped) == 2
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(found[name][:2]) for name in ("gpu", "cpu")))
+    assert (found["gpu"][2], found["cpu"][2]) == (0, 1)
 
 
 def test_a_non_finite_gradient_alone_is_skipped():
