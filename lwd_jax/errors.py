@@ -3,8 +3,10 @@
 import difflib
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from etils.epath import Path
+if TYPE_CHECKING:
+    from etils.epath import Path  # haar, saliency and mask need nothing but jax
 
 
 class UserError(ValueError):
@@ -36,7 +38,7 @@ def no_duplicates(pairs: list[tuple]) -> dict:
     return result
 
 
-def read_text(path: Path) -> str:
+def read_text(path: "Path") -> str:
     """What a text file holds, a byte order mark left out; lines end with "\\n" alone.
 
     Raises:
@@ -48,7 +50,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"The file '{path}' is not UTF-8 text.") from error
 
 
-def read_json(path: Path, kind: type = dict):
+def read_json(path: "Path", kind: type = dict):
     """What a JSON file holds, which must be of a kind: an object, or an array (list).
 
     Raises:

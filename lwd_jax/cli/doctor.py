@@ -31,14 +31,15 @@ from lwd_jax.data.dataset import open_dataset
 from lwd_jax.data.latents import check_autoencoder, check_text, open_latents
 from lwd_jax.errors import UserError
 from lwd_jax.files import in_bucket, is_empty, locate, on_disk
-from lwd_jax.parallel.mesh import mesh_shape
+from lwd_jax.parallel.mesh import abstract_mesh, mesh_shape
+from lwd_jax.plan.compile import resident_bytes
+from lwd_jax.plan.programs import abstract_stage, placed
 from lwd_jax.train.checkpoint import FOLDER, check_same_run, damage, is_workdir, saved_steps
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import open_autoencoder, open_trained
-from lwd_jax.train.optimizer import trainable_paths
-from lwd_jax.train.program import abstract_state, never_trained
+from lwd_jax.train.program import abstract_state, trained_paths
 from lwd_jax.train.setup import check_objective, stage_of
-from lwd_jax.train.step import keeps_average
+from lwd_jax.train.state import state_shardings
 from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.table import flat
 
@@ -182,15 +183,29 @@ def check_host(workdir: Path) -> Iterator[Finding]:
 # -------------------------------------------------------------------------------------------------------- config
 
 
-def state_bytes(config: Config) -> tuple[int, int]:
-    """(trained parameters, bytes of the state) by formula: weights; of those that train two float32 moments, and the
-    average where there is one. For AdamW; other optimizers keep less or as much.
+class StateSize(NamedTuple):
+    """What a run keeps: the number of parameters that train, bytes of the state on a device and in all."""
+
+    trained: int
+    each: float
+    whole: float
+
+
+def state_size(config: Config, mesh: tuple[int, ...]) -> StateSize:
+    """By shape evaluation: weights, adapters, moments and average, laid out as the run lays them out.
+
+    Args:
+      mesh: sizes of data, fsdp, context and tensor.
     """
-    leaves = flat(open_trained(config).abstract())
-    trained = trainable_paths(leaves, config.optimizer, never_trained(config))
-    count = sum(leaves[path].size for path in trained)
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
-    return count, weights + count * 4 * (3 if keeps_average(config) else 2)
+    stage = abstract_stage(config)
+    state = abstract_state(config, stage)
+    leaves = flat(state.params)
+    trained = sum(leaves[path].size for path in trained_paths(stage, config, state.params))
+
+    def bytes_on(sizes):
+        return resident_bytes(placed(state, state_shardings(state, abstract_mesh(sizes))))
+
+    return StateSize(trained, bytes_on(mesh), bytes_on((1, 1, 1, 1)))
 
 
 def check_config(config: Config) -> Iterator[Finding]:
@@ -220,7 +235,7 @@ def _training(config: Config) -> Iterator[Finding]:
     opened = open_trained(config)
     sizes = opened.module.config if config.stage == 1 else open_autoencoder(config).module.config
     abstract_state(config, stage_of(config, opened, sizes, 1, None))
-    check_objective(config, sizes.latent_channels, sizes.factor, [(config.resolution, config.resolution)])
+    check_objective(config, opened.module.config, sizes, [(config.resolution, config.resolution)])
     yield Finding(
         "training", OK, f"{config.optimizer.name}, {config.optimizer.schedule}, {config.training.steps} steps"
     )
@@ -237,9 +252,9 @@ def _mesh(config: Config) -> Iterator[Finding]:
     else:
         each = config.data.batch_size // parts
         yield Finding("batch", OK, f"{config.data.batch_size} pictures, {each} at a time a device")
-    parameters, state = state_bytes(config)
-    each, memory = state / (fsdp * tensor), device_bytes()
-    found = f"{gigabytes(each)} a device by formula ({parameters:,} parameters train, {gigabytes(state)} in all)"
+    trained, each, whole = state_size(config, (data, fsdp, context, tensor))
+    memory = device_bytes()
+    found = f"{gigabytes(each)} a device by its shapes ({trained:,} parameters train, {gigabytes(whole)} in all)"
     if memory and each > 0.9 * memory:
         yield Finding("state", FAIL, f"{found} of {gigabytes(memory)}", "use more devices on mesh.fsdp")
     elif memory and each > 0.6 * memory:

@@ -62,6 +62,25 @@ def _metrics(squares: Array, clean_saliency: Array, mask: Array, t: Array, bins:
     }
 
 
+def saliency_of(z: Array, config: Matching) -> Array:
+    """[B h w 1]: the map that a config makes of latents [B h w C].
+
+    Raises:
+      UserError: an unknown saliency or wavelet.
+    """
+    return choose(SALIENCIES, config.saliency, "saliency")(z, config.wavelet, config.levels)
+
+
+def mask_of(z0: Array, z_t: Array, t: Array, config: Matching) -> Array:
+    """[B h w 1]: the mask that a config trains with, of the map of its source, z0 or z_t [B h w C], at t [B].
+
+    Raises:
+      UserError: an unknown saliency, wavelet or mask rule.
+    """
+    saliency = saliency_of(z0 if config.source == "clean" else z_t, config)
+    return supervision_mask(saliency, t, config.floor, config.mask, config.softness)
+
+
 @shaped("z0: B h w C, t: B, noise: B h w C")
 def matching_loss(
     predict: Callable, z0: Array, cond, t: Array, noise: Array, config: Matching
@@ -95,10 +114,8 @@ def matching_loss(
     with jax.named_scope("path"):
         z_t, target = noised(z0, noise, t), velocity(z0, noise)
     with jax.named_scope("mask"):
-        source = z0 if config.source == "clean" else z_t
-        saliency = choose(SALIENCIES, config.saliency, "saliency")(source, config.wavelet, config.levels)
-        mask = supervision_mask(saliency, t, config.floor, config.mask, config.softness)
-        mask = jax.lax.stop_gradient(mask)  # the map says where to learn; it is not learned itself
+        # The map says where to learn; it is not learned itself.
+        mask = jax.lax.stop_gradient(mask_of(z0, z_t, t, config))
 
     with jax.named_scope("prediction"):
         prediction = predict(z_t, t, cond).astype(jnp.float32)

@@ -23,14 +23,13 @@ from lwd_jax.data.batches import held_out, held_out_captions
 from lwd_jax.data.latents import open_latents
 from lwd_jax.data.pictures import from_uint8
 from lwd_jax.data.text import open_text_encoder
-from lwd_jax.errors import UserError, choose
+from lwd_jax.errors import UserError
 from lwd_jax.evaluate.fidelity import psnr, ssim
 from lwd_jax.evaluate.spectrum import Spectrum, block_mean, high_frequency_share, latent_spectrum, rgb_reference
 from lwd_jax.nn.conditioning import Conditioning, told
-from lwd_jax.objective.masks import supervision_mask
-from lwd_jax.objective.matching import matching_loss
+from lwd_jax.objective.matching import mask_of, matching_loss, saliency_of
+from lwd_jax.objective.paths import noised
 from lwd_jax.objective.reconstruction import pool
-from lwd_jax.objective.saliency import SALIENCIES
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import figures
 from lwd_jax.report.pipeline import open_models
@@ -269,14 +268,17 @@ def make_held_out_loss(config: Config, module, autoencoder: kl.Config, everywher
 
 
 def masks_over_time(z: np.ndarray, matching: Matching, times) -> tuple[np.ndarray, np.ndarray]:
-    """Saliency [B h w] of clean latents [B h w C] in use, and masks [B T h w] that a config makes of it at the times
-    [T].
+    """Saliency [B h w] of clean latents [B h w C] in use, and masks [B T h w] that a config trains with at the times
+    [T]; where its source is noisy, under one fixed noise.
     """
-    saliency = choose(SALIENCIES, matching.saliency, "saliency")(jnp.asarray(z), matching.wavelet, matching.levels)
-    masks = [
-        supervision_mask(saliency, jnp.full(len(z), t), matching.floor, matching.mask, matching.softness) for t in times
-    ]
-    return np.asarray(saliency)[..., 0], np.stack([np.asarray(mask)[..., 0] for mask in masks], axis=1)
+    z0 = jnp.asarray(z)
+    noise = jax.random.normal(jax.random.key(0), z0.shape)
+
+    def mask_at(t: float) -> np.ndarray:
+        t = jnp.full(len(z0), t)
+        return np.asarray(mask_of(z0, noised(z0, noise, t), t, matching))[..., 0]
+
+    return np.asarray(saliency_of(z0, matching))[..., 0], np.stack([mask_at(t) for t in times], axis=1)
 
 
 def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:

@@ -93,13 +93,14 @@ def _checked_latents(config: Config, opened: Opened, mesh: Mesh) -> tuple[Latent
     return latents, (autoencoder.module, params)
 
 
-def check_objective(config: Config, latent_channels: int, factor: int, shapes: list[tuple[int, int]]) -> None:
+def check_objective(config: Config, model: Any, autoencoder: Any, shapes: list[tuple[int, int]]) -> None:
     """Evaluates the objective by shape, with the simplest of models, on every shape that batches come in: so that a
     setting that it refuses is told before weights are read, and not when the first batch of that shape comes.
 
     Args:
       config: of the run.
-      latent_channels, factor: of the autoencoder.
+      model: the Config of what trains.
+      autoencoder: that of the autoencoder, the same in stage 1.
       shapes: (height, width) of the pictures, px.
 
     Raises:
@@ -107,8 +108,10 @@ def check_objective(config: Config, latent_channels: int, factor: int, shapes: l
         scale that does not divide a latent.
     """
 
+    factor = autoencoder.factor
+
     def encode(x):
-        z = jnp.zeros((1, x.shape[1] // factor, x.shape[2] // factor, latent_channels))
+        z = jnp.zeros((1, x.shape[1] // factor, x.shape[2] // factor, autoencoder.latent_channels))
         return Posterior(z, z)
 
     def stage1(x, key):
@@ -120,7 +123,7 @@ def check_objective(config: Config, latent_channels: int, factor: int, shapes: l
 
     def stage2(x, key):
         z = encode(x).mean
-        t = draw_times(key, 1, config.matching, z.shape[1] * z.shape[2])
+        t = draw_times(key, 1, config.matching, z.shape[1] * z.shape[2] // model.patch_size**2)
         return matching_loss(lambda z_t, t, cond: z_t, z, None, t, z, config.matching)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -161,7 +164,7 @@ def make_setup(config: Config, devices=None) -> Setup:
         extra["base"] = {"path": config.models.backbone, "fingerprint": opened.fingerprint()}
     share = process_share(mesh)
     batches = make_batches(config, process_index=share.index, blocks=share.blocks)
-    latent = opened.module.config if config.stage == 1 else sizes
-    check_objective(config, latent.latent_channels, latent.factor, batches.shapes)
+    model = opened.module.config
+    check_objective(config, model, sizes or model, batches.shapes)
     description = describe(TRAINED[config.stage], opened, extra)
     return Setup(mesh, program, opened, autoencoder, _reader(config, opened, program, mesh), batches, description)
