@@ -14,7 +14,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -176,16 +175,13 @@ class Spool:
     """
 
     def __init__(self, folder: Path):
-        self._folder, self._pushed, self._last = folder, {}, time.monotonic()
+        self._folder, self._pushed = folder, {}
         self._temporary = tempfile.TemporaryDirectory(prefix="lwd-spool-") if in_bucket(folder) else None
         self.here = Path(self._temporary.name) if self._temporary else folder
 
-    def push(self, every: float = 0.0) -> None:
-        """Copies the files that have grown. `every`: only if so many seconds have passed since the last time."""
-        if self._temporary is None or time.monotonic() - self._last < every:
-            return
-        self._last = time.monotonic()
-        for path in files_in(self.here):
+    def push(self) -> None:
+        """Copies the files that have grown."""
+        for path in files_in(self.here) if self._temporary else ():
             content = path.read_bytes()
             if self._pushed.get(path) != len(content):
                 (self._folder / path.relative_to(self.here)).write_bytes(content)

@@ -110,7 +110,6 @@ def test_a_spool_of_a_bucket_writes_what_has_grown():
             file.write(text)
             file.flush()
             spool.push()
-            spool.push(every=100)
     assert objects["spool", "run/rows"][0] == b"1\n2\n"
     before = objects["spool", "run/rows"][1]
     spool.close()

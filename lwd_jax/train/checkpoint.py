@@ -198,6 +198,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int):
         self.folder = absolute(locate(workdir)) / FOLDER
         self._keep = keep
+        self._started: int | None = None
         self._unsealed: int | None = None
         self._failed = False
         self._sealing: threading.Thread | None = None
@@ -226,8 +227,16 @@ class Checkpoints:
         }
         if keeps_average(config):
             items["ema"] = ocp.args.StandardSave(state.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._started = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:
+            raise self._unwritten(error) from error
         self._unsealed = step
+
+    def _unwritten(self, error: Exception) -> UserError:
+        self._failed = True
+        return UserError(f"The checkpoint of step {self._started} could not be written to {self.folder}: {error}.")
 
     def seal(self, wait: bool = False) -> None:
         """Writes the manifest of a committed save, in a thread; called once a step. `wait`: until it is written.
@@ -239,9 +248,7 @@ class Checkpoints:
             try:
                 self._manager.wait_until_finished()
             except (OSError, ValueError) as error:
-                self._failed = True
-                what = f"The checkpoint of step {self._unsealed}"
-                raise UserError(f"{what} could not be written to {self.folder}: {error}.") from error
+                raise self._unwritten(error) from error
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
             if jax.process_index() == 0:
                 self._sealing = threading.Thread(target=write_manifest, args=(self.folder / str(self._unsealed),))

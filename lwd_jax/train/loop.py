@@ -21,11 +21,12 @@ from lwd_jax.parallel.processes import agree, check_shared, summed, verdict
 from lwd_jax.parallel.rules import replicated
 from lwd_jax.train.checkpoint import Checkpoints, saved_steps
 from lwd_jax.train.feed import Feed
-from lwd_jax.train.metrics import Window, Writer
+from lwd_jax.train.metrics import Window, Writer, read
 from lwd_jax.train.models import MODEL_FILE, check_same_base
 from lwd_jax.train.program import Program
 from lwd_jax.train.state import State, eval_params
 
+_PREVIEW = "preview/"  # before the names of their metrics
 _INIT = 2**31  # folded into the seed's key for the initial parameters: beyond every step
 Previews = Callable[[int, Any], dict]  # (step, parameters for evaluation) -> scalar metrics
 
@@ -83,7 +84,7 @@ class _Reporter:
         before = self._pending
         self._look()
         if before is not None and before[0] % self._training.log_every == 0:
-            self._write(before[0], {})
+            self._write(before[0])
         self._pending = (step, metrics)
         self._progress.update(
             self._progress.task_ids[0], completed=step, loss=self._loss, speed=self._speed, wait=self._wait_share
@@ -104,20 +105,20 @@ class _Reporter:
                 "state is as it was before them. Lower optimizer.learning_rate, or look at the data."
             )
 
-    def flush(self, step: int, extra: dict) -> None:
+    def flush(self, step: int) -> None:
         """Waits for `step` and writes the window that ends with it."""
         self._look()
-        self._write(step, extra)
+        self._write(step)
 
     def away(self, seconds: float) -> None:
         """So many seconds were not training, but previews or saving."""
         self._window.restart_clock(seconds)
 
-    def _write(self, step: int, extra: dict) -> None:
+    def _write(self, step: int) -> None:
         waited, self._waited = self._feed.waited - self._waited, self._feed.waited
         line = self._window.line(waited)
         self._speed, self._wait_share = line["pictures_per_second"], line["data_wait_share"]
-        self._writer.write(step, line | {"replaced_pictures": summed(self._feed.replaced)} | extra)
+        self._writer.write(step, line | {"replaced_pictures": summed(self._feed.replaced)})
         if not self._progress.console.is_terminal and jax.process_index() == 0:  # a log file sees no bar
             left = self._progress.tasks[0].time_remaining
             print(
@@ -180,7 +181,13 @@ class _Previewer:
         jax.block_until_ready(state.step)
         start = time.perf_counter()
         found = over(self._mesh, self._previews)(step, eval_params(state))
-        return {f"preview/{name}": float(value) for name, value in found.items()}, time.perf_counter() - start
+        return {f"{_PREVIEW}{name}": float(value) for name, value in found.items()}, time.perf_counter() - start
+
+
+def _seen(workdir: Path, step: int) -> bool:
+    """Whether the previews of a step are in its metrics."""
+    names = (name for line in read(workdir) if line["step"] == step for name in line)
+    return any(name.startswith(_PREVIEW) for name in names)
 
 
 def _first_state(program: Program, config: Config, params: Callable[[], Any] | None) -> State:
@@ -246,20 +253,24 @@ def _steps(program: Program, config: Config, held: _Held, state: State, first: i
             held.stop.signal = signal.SIGTERM
         ending = step == total or bool(held.stop.signal)
 
-        # Look
-        seen, seconds = held.previewer.look(step, state) if held.previewer.due(step) else ({}, 0.0)
-        saving = step % config.training.save_every == 0 or ending
-        reporter.away(seconds)
-        if seen or saving:
-            reporter.flush(step, seen)
-
         # Save
+        saving, due = step % config.training.save_every == 0 or ending, held.previewer.due(step)
+        if saving or due:
+            reporter.flush(step)
         if saving:
             start = time.perf_counter()
             held.writer.push()  # first, so that no checkpoint is without the lines before it
             checkpoints.save(state, position, config)
             reporter.away(time.perf_counter() - start)
+            ending = ending or bool(held.stop.signal)  # it came meanwhile
         checkpoints.seal()
+
+        # Look, after a signal when the run is resumed: previews can take longer than what is left then
+        if due and not held.stop.signal:
+            seen, seconds = held.previewer.look(step, state)
+            reporter.away(seconds)
+            if seen:
+                held.writer.write(step, seen)
         if ending:
             break
 
@@ -300,19 +311,21 @@ def run(
         profiler = _Profiler(config, workdir)
         closing.callback(profiler.close)
         checkpoints, state, position = _begin(program, config, workdir, description, params, closing)
-        first = int(state.step)
+        first, previewer = int(state.step), _Previewer(previews, config, mesh)
+        unseen = previewer.due(first) and verdict("" if _seen(workdir, first) else "not seen")
+        if first >= config.training.steps and not unseen:
+            return Outcome(first, 0)
+        writer = Writer(workdir, first)
+        closing.callback(writer.close)
+        if unseen:
+            writer.write(first, previewer.look(first, state)[0])
         if first >= config.training.steps:
             return Outcome(first, 0)
         if position is not None:
             batches.restore(position)
         feed = Feed(batches, mesh)
         closing.callback(feed.close)
-        writer = Writer(workdir, first)
-        closing.callback(writer.close)
         reporter = _Reporter(config, writer, feed, closing.enter_context(_progress(config, first)))
-        previewer = _Previewer(previews, config, mesh)
-        if first == 0 and previewer.due(0):
-            writer.write(0, previewer.look(0, state)[0])
         # Made on every device: a device_put moves no key to the devices of other processes.
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
         held = _Held(stop, profiler, checkpoints, feed, writer, reporter, previewer)

@@ -136,6 +136,7 @@ class Writer:
             _drop_after(workdir / FILE, step, here / FILE)
             self._file = (here / FILE).open("a", encoding="utf-8")
             self._board = _summary_writer()(str(here / "tb"), purge_step=step + 1)
+            self._pushed = time.monotonic()
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         """One line; numbers that are not finite become null."""
@@ -151,13 +152,17 @@ class Writer:
                 for number, part in enumerate(value):
                     if part is not None:
                         self._board.add_scalar(f"{name}/{number}", part, step)
-        self._spool.push(every=PUSH_SECONDS)
+        if time.monotonic() - self._pushed >= PUSH_SECONDS:
+            self.push()
 
     def push(self) -> None:
-        """What has been written is in the workdir on return."""
+        """What has been written is in the workdir on return: of a mounted bucket too, which gets a file when it is
+        synchronised."""
         if self._file is not None:
             self._board.flush()
+            os.fsync(self._file.fileno())
             self._spool.push()
+            self._pushed = time.monotonic()
 
     def close(self) -> None:
         if self._file is not None:

@@ -137,8 +137,52 @@ def test_previews_are_called_at_fixed_steps_with_the_average(tmp_path):
 
     train(tmp_path, with_training(preview_every=3, steps=4), previews=previews)
     assert sorted(seen) == [0, 3, 4]
-    assert {line["step"]: line.get("preview/psnr") for line in metrics.read(tmp_path)} == {0: 10, 2: None, 3: 13, 4: 14}
+    shown = {line["step"]: line["preview/psnr"] for line in metrics.read(tmp_path) if "preview/psnr" in line}
+    assert shown == {0: 10, 3: 13, 4: 14}
+    assert [line["step"] for line in metrics.read(tmp_path) if "loss" in line] == [2, 3, 4]
     jax.tree.map(np.testing.assert_array_equal, seen[4], jax.device_get(read_params(tmp_path)[0]))
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    """Mounted buckets get a file when it is synchronised, and no sooner."""
+    happened, sync, save = [], os.fsync, Checkpoints.save
+
+    def synced(number):
+        if os.readlink(f"/proc/self/fd/{number}").endswith(metrics.FILE):
+            happened.append(len(metrics.read(tmp_path)))
+        return sync(number)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Checkpoints, "save", lambda *given: happened.append("save") or save(*given))
+    train(tmp_path)
+    assert happened == [1, "save", 2, "save", 3, "save"]
+
+
+@pytest.mark.parametrize("ends", ["killed", "signalled"])
+def test_what_was_reached_is_saved_before_it_is_looked_at(whole, tmp_path, monkeypatch, ends):
+    """A run that ends in its previews, or before them by a signal, has the step; resumed, it looks at it once."""
+    seen, killed, training = [], [], with_training(save_every=3, preview_every=3)
+
+    def previews(step, params):
+        if (step, ends) == (3, "killed") and killed == []:
+            killed.append(step)
+            raise RuntimeError("killed")
+        seen.append(step)
+        return {"psnr": 1.0}
+
+    if ends == "killed":
+        with pytest.raises(RuntimeError, match="killed"):
+            train(tmp_path, training, previews=previews)
+    else:
+        save = Checkpoints.save
+        monkeypatch.setattr(Checkpoints, "save", lambda *given: save(*given) or os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path, training, previews=previews) == (3, signal.SIGTERM)
+        monkeypatch.undo()
+    assert seen == [0] and state_of(tmp_path)[0].step == 3
+    assert train(tmp_path, training, previews=previews) == (6, 0)
+    assert seen == [0, 3, 6]
+    assert [line["step"] for line in metrics.read(tmp_path) if "preview/psnr" in line] == [0, 3, 6]
+    jax.tree.map(np.testing.assert_array_equal, state_of(whole)[0], state_of(tmp_path)[0])
 
 
 def test_given_parameters_are_the_start(tmp_path):
