@@ -38,7 +38,7 @@ from lwd_jax.train.checkpoint import FOLDER, check_same_run, damage, is_workdir,
 from lwd_jax.train.checkpoint import read_config as read_run
 from lwd_jax.train.models import open_autoencoder, open_trained
 from lwd_jax.train.program import abstract_state, trained_paths
-from lwd_jax.train.setup import check_objective, stage_of
+from lwd_jax.train.setup import check_objective, check_shared_memory
 from lwd_jax.train.state import state_shardings
 from lwd_jax.weights.folder import fingerprint
 from lwd_jax.weights.table import flat
@@ -234,7 +234,9 @@ def _training(config: Config) -> Iterator[Finding]:
     """Objective, optimizer and adapters, by shape alone."""
     opened = open_trained(config)
     sizes = opened.module.config if config.stage == 1 else open_autoencoder(config).module.config
-    abstract_state(config, stage_of(config, opened, sizes, 1, None))
+    stage = abstract_stage(config)
+    abstract_state(config, stage)
+    check_shared_memory(config, stage.batch)
     check_objective(config, opened.module.config, sizes, [(config.resolution, config.resolution)])
     yield Finding(
         "training", OK, f"{config.optimizer.name}, {config.optimizer.schedule}, {config.training.steps} steps"

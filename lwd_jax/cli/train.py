@@ -26,7 +26,10 @@ from lwd_jax.train.loop import run as loop
 from lwd_jax.train.models import TRAINED
 from lwd_jax.train.setup import make_setup
 
-EXAMPLE = "lwd train --config=configs/stage2_sd3_1024.py --workdir=runs/stage2 --config.optimizer.learning_rate=1e-5"
+EXAMPLE = (
+    "lwd train --config=configs/stage2_sd3_1024.py --workdir=runs/stage2 --config.data.latents=data/latents "
+    "--config.models.backbone=sd3-medium --config.models.autoencoder=runs/stage1"
+)
 
 # What other commands write, by the file that tells.
 _OTHERS = {

@@ -57,6 +57,13 @@ _ADAPTERS = {
 }
 
 
+_BY = f"lwd_jax ([Latent Wavelet Diffusion]({PAPER}))"
+
+
+def _adapters(config: dict) -> str:
+    return _ADAPTERS[config["adapter"]["kind"]].format(**config["adapter"])
+
+
 def _objective(config: dict) -> str:
     if config["stage"] == 1:
         terms = config["reconstruction"]
@@ -65,12 +72,24 @@ def _objective(config: dict) -> str:
             f"consistency weighted {terms['alpha']}, KL {terms['beta']}, LPIPS {terms['lpips']}."
         )
     matching = config["matching"]
-    what = _ADAPTERS[config["adapter"]["kind"]].format(**config["adapter"])
+    what = _adapters(config)
     if matching["mask"] == "everywhere":
         return f"Stage 2{what}: flow matching without a mask (the baseline)."
     return (
         f"Stage 2{what}: flow matching under the wavelet mask `{matching['mask']}` ({matching['wavelet']}, floor "
         f"{matching['floor']}, map of the {matching['source']} latent)."
+    )
+
+
+def _training(manifest: dict) -> str:
+    config, optimizer = manifest["config"], manifest["config"]["optimizer"]
+    if manifest["step"] == 0:
+        return f"Imported with {_BY} and not trained{_adapters(config)}; in {manifest['dtype']}."
+    return (
+        f"{_objective(config)} Trained with {_BY} at {config['resolution']} px, batch {config['data']['batch_size']}, "
+        f"{optimizer['name']} at {optimizer['learning_rate']:g}, for "
+        f"{manifest['step']} steps; these are the {'averaged (EMA)' if manifest['weights'] == 'ema' else 'plain'} "
+        f"weights in {manifest['dtype']}."
     )
 
 
@@ -232,17 +251,13 @@ def write_card(folder: Path, manifest: dict, workdir: Path, *, absent: list[str]
         **inherited(base),
     )
     prints = "\n".join(f"- {name}: `{value}`" for name, value in manifest["fingerprints"].items())
-    optimizer = config["optimizer"]
     text = f"""---
 {data.to_yaml()}
 ---
 
 # {config["name"] or f"Latent Wavelet Diffusion, stage {stage}"}
 
-{_objective(config)} Trained with lwd_jax ([Latent Wavelet Diffusion]({PAPER})) at {config["resolution"]} px, batch
-{config["data"]["batch_size"]}, {optimizer["name"]} at {optimizer["learning_rate"]:g}, for {manifest["step"]} steps;
-these are the {"averaged (EMA)" if manifest["weights"] == "ema" else "plain"} weights in {manifest["dtype"]}.
-{_origin(config)}
+{_training(manifest)} {_origin(config)}
 
 ## Use
 

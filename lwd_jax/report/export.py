@@ -229,7 +229,7 @@ def import_models(
     Args:
       folder: a pipeline folder or that of one model.
       workdir: new or empty.
-      stage: 1 takes the autoencoder, 2 the backbone (the autoencoder stays where it is); 0 = 2 if there is a backbone.
+      stage: 1 takes the autoencoder, 2 the backbone (the autoencoder stays where it is); 0 = 2 if there is one.
       adapter: a file of adapters over the backbone, in diffusers' layout: they are what the checkpoint holds, and the
         folder stays where it is as their base. "" = none.
       overwrite: replace an earlier import; a run that has trained is never replaced.
@@ -244,7 +244,9 @@ def import_models(
     source = open_models(folder)
     if not isinstance(source, FolderModels):
         raise UserError(f"{folder} is a workdir already; lwd import takes a diffusers folder.")
-    kind = TRAINED[stage or (2 if source.has_backbone() else 1)]
+    # A backbone that cannot be read is a mistake to be told of, not a reason to take the autoencoder.
+    second = source.has_backbone() or (source.path / BACKBONE.subfolder).is_dir()
+    kind = TRAINED[stage or (2 if second else 1)]
     opened = open_model(kind, str(source.path), "")
     path = str(source.path.absolute())
     names = {

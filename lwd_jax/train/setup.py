@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import math
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +26,9 @@ from lwd_jax.parallel.rules import param_shardings, replicated
 from lwd_jax.train.models import TRAINED, Opened, describe, open_autoencoder, open_trained
 from lwd_jax.train.program import Program, Stage, autoencoder_stage, backbone_stage, build_program
 from lwd_jax.weights.folder import fingerprint
+
+SHARED = "/dev/shm"
+IN_FLIGHT = 4  # batches of each data worker that are there at once; measured
 
 
 class Setup(NamedTuple):
@@ -132,6 +138,29 @@ def check_objective(config: Config, model: Any, autoencoder: Any, shapes: list[t
         jax.eval_shape({1: stage1, 2: stage2}[config.stage], picture, key)
 
 
+def check_shared_memory(config: Config, batch: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Checks that data workers can hand their batches over: a container's /dev/shm has 64 MB if nothing else is said,
+    and a worker that finds it full is ended by the system without a word.
+
+    Args:
+      config: of the run.
+      batch: of all processes.
+
+    Raises:
+      UserError: there is too little of it.
+    """
+    if not config.data.workers or not os.path.isdir(SHARED):
+        return
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in batch.values()) / jax.process_count()
+    needed, free = IN_FLIGHT * config.data.workers * size, shutil.disk_usage(SHARED).free
+    if free < needed:
+        raise UserError(
+            f"data.workers={config.data.workers} hand batches over in {SHARED}, which has {free / 1e6:.0f} MB free, "
+            f"but need up to {needed / 1e6:.0f} MB: give the container more (docker run --shm-size; on Kubernetes an "
+            "emptyDir of medium Memory), or set data.workers=0."
+        )
+
+
 def _reader(config: Config, opened: Opened, program: Program, mesh: Mesh) -> Callable[[], Any] | None:
     """What reads the parameters to start from onto the mesh, in the dtypes of the state: what trains is not rounded to
     param_dtype. Under new adapters those of earlier runs stay beside their kernels, otherwise they are merged into
@@ -160,6 +189,7 @@ def make_setup(config: Config, devices=None) -> Setup:
     elif config.reconstruction.lpips:
         perceptual = load_lpips()
     program = build_program(config, mesh, stage_of(config, opened, sizes, tokens, perceptual))
+    check_shared_memory(config, program.batch)
     if config.adapter.kind != "none":
         extra["base"] = {"path": config.models.backbone, "fingerprint": opened.fingerprint()}
     share = process_share(mesh)

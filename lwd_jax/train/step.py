@@ -21,8 +21,9 @@ SUMMED = "_by_time"  # metrics whose names end so are sums (over pictures); all 
 def picture_keys(key: jax.Array, step: jax.Array, pictures: int) -> jax.Array:
     """[B] keys, one per picture of the batch: fold_in(key, step), then one per position.
 
-    What is drawn for a picture depends on the seed, the step and its position, and on nothing else: not on the mesh,
-    nor on the number of accumulation steps.
+    What stage 2 draws for a picture depends on the seed, the step and its position, and on nothing else: not on the
+    mesh, nor on the number of accumulation steps. Stage 1 draws its scale and its samples by the first key of the
+    pictures that are processed together: with accumulation, a scale for each part.
     """
     return jax.random.split(jax.random.fold_in(key, step), pictures)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from tiny_models import SMALL_KL, autoencoder, write_inputs
 
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.cli import main
-from lwd_jax.train import metrics
+from lwd_jax.train import metrics, setup
 from lwd_jax.train.checkpoint import Checkpoints, read_params
 from lwd_jax.train.loop import Outcome
 from lwd_jax.train.models import read_description
@@ -166,6 +167,16 @@ def test_a_start_from_random_weights_is_told(root, tmp_path, capsys, monkeypatch
     sizes = ("--config.data.batch_size=8", "--config.data.held_out=1")
     assert main(command(root, tmp_path / "run", *sizes, *(() if named else nothing))[3:]) == 0
     assert ("The autoencoder starts from random weights" in capsys.readouterr().out) != named
+
+
+@pytest.mark.parametrize("free, code", [(1e4, 2), (1e9, 0)])
+def test_too_little_shared_memory_for_the_workers_is_told(root, tmp_path, monkeypatch, capsys, free, code):
+    """A container has 64 MB if nothing else is said; full, it ends a worker without a word."""
+    monkeypatch.setattr(setup, "shutil", SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=free)))
+    sizes = ("--config.data.batch_size=8", "--config.data.held_out=1", "--config.data.workers=1")
+    assert main(command(root, tmp_path / "run", *sizes, "--config.training.steps=1")[3:]) == code
+    told = capsys.readouterr().err
+    assert ("has 0 MB free" in told and "--shm-size" in told and told.count("\n") == 1) == (code == 2)
 
 
 @pytest.mark.parametrize("folder, words", [("dataset", "holds a dataset"), ("latents", "holds latents")])

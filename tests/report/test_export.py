@@ -137,6 +137,21 @@ def test_export_import_export_is_the_identity(runs, exported, tmp_path, stage, p
         kept = [json.loads((place / "lwd.json").read_text()) for place in (exported, again)]
         assert kept[0]["text"] == kept[1]["text"] and kept[0]["sampling"] == kept[1]["sampling"]
         assert json.loads((again / "lwd.json").read_text())["step"] == 0
+    assert "and not trained" in (again / "README.md").read_text()
+
+
+@pytest.mark.parametrize("class_name, words", [("SD3Transformer2DModle", "SD3Transformer2DModle"), (None, "config")])
+def test_a_backbone_that_cannot_be_read_is_no_reason_to_import_the_autoencoder(tmp_path, class_name, words):
+    folder = write_pipeline(tmp_path / "base")
+    file = folder / "transformer" / "config.json"
+    if class_name:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": class_name}))
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=words):
+        import_models(folder, tmp_path / "workdir")
+    assert not (tmp_path / "workdir").exists()
+    assert import_models(folder, tmp_path / "asked", stage=1).stage == 1
 
 
 def test_the_scheduler_is_that_of_the_runs_solver(tmp_path):
