@@ -20,6 +20,7 @@ from lwd_jax.data import batches as module
 from lwd_jax.data.batches import IDENTITY, STATE, held_out, held_out_captions, make_batches
 from lwd_jax.data.dataset import find_pictures, open_dataset, write_dataset
 from lwd_jax.data.latents import Encoder, Plan
+from lwd_jax.data.order import uniform
 from lwd_jax.data.records import STORAGE
 from lwd_jax.data.text import hashed_words
 from lwd_jax.errors import UserError
@@ -165,6 +166,40 @@ def test_stage_2_batches(folder, dtype):
     assert abs(dropped / total - 0.3) < 4 * (0.3 * 0.7 / total) ** 0.5
 
 
+@pytest.fixture(scope="module")
+def shown(folder):
+    """[batches, rows, 2] of 40 epochs with half of all captions dropped: record, and caption alternative or -1."""
+    config = dataclasses.replace(config_of(folder, 2), matching=Matching(caption_dropout=0.5))
+    captions = ["", *(words.format(i) for i in range(COUNT) for words in ("picture {}", "number {}"))]
+    place_of = {pooled.tobytes(): place for place, pooled in enumerate(hashed_words(None).encode(captions).pooled)}
+    got = make_batches(config)
+    found = []
+    for batch in take(got, 40 * got.batches_per_epoch):
+        records = (batch["mean"].max((1, 2, 3)) / 10).round().astype(int)
+        places = np.array([place_of[pooled.tobytes()] for pooled in batch["pooled"]])
+        assert ((places == 0) | ((places - 1) // 2 == records)).all()
+        found.append(np.stack([records, np.where(places == 0, -1, (places - 1) % 2)], -1))
+    return np.stack(found)
+
+
+def test_captions_are_dropped_anew_in_every_epoch(shown):
+    """And drawn anew: of every record each alternative is seen, and the empty caption."""
+    seen = {tuple(row) for row in shown.reshape(-1, 2)}
+    assert seen == {(record, caption) for record in np.unique(shown[..., 0]) for caption in (-1, 0, 1)}
+
+
+def test_the_rows_of_a_batch_are_dropped_one_by_one(shown):
+    dropped = np.sum(shown[..., 1] == -1, axis=1)
+    found = np.bincount(dropped, minlength=5) / len(dropped)
+    expected = np.array([1, 4, 6, 4, 1]) / 16  # binomial
+    assert (np.abs(found - expected) < 4 * (expected * (1 - expected) / len(dropped)) ** 0.5).all()
+
+
+def test_caption_alternatives_are_drawn_equally_often(shown):
+    captions = shown[..., 1][shown[..., 1] >= 0]
+    assert abs(captions.mean() - 0.5) < 4 * (0.25 / captions.size) ** 0.5
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_restored_anywhere_it_continues(folder, stage):
     config = config_of(folder, stage)
@@ -253,12 +288,26 @@ def test_squares_and_flips(folder):
     assert got.batches_per_epoch == -(-(COUNT - 3) // 4)
 
 
+def write_pictures(root, pictures):
+    """A dataset of pictures without captions."""
+    (root / "images").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(root / "images" / f"{i}.png")
+    captions = [()] * len(pictures)
+    write_dataset(root / "dataset", root / "images", find_pictures(root / "images"), captions, quiet)
+
+
+def test_a_few_odd_pictures_join_another_size(tmp_path):
+    """On their own they would fill whole batches in every epoch."""
+    write_pictures(tmp_path, [np.full((64, 128 if i == 5 else 64, 3), 10 * i, np.uint8) for i in range(6)])
+    got = make_batches(config_of(tmp_path, 1, held_out=0))
+    levels = {int(level) for batch in take(got, got.batches_per_epoch) for level in batch["picture"].max((1, 2, 3))}
+    assert got.shapes == [(64, 64)] and levels == {0, 10, 20, 30, 40, 50}
+
+
 def test_flips_are_half_of_all(tmp_path):
-    (tmp_path / "images").mkdir()
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
-    for i in range(2):
-        Image.fromarray(ramp + 100 * i).save(tmp_path / "images" / f"{i}.png")
-    write_dataset(tmp_path / "dataset", tmp_path / "images", find_pictures(tmp_path / "images"), [(), ()], quiet)
+    write_pictures(tmp_path, [ramp, ramp + 100])
     config = config_of(tmp_path, 1, held_out=0, batch_size=50)
     pictures = np.concatenate([b["picture"] for b in take(make_batches(config), 8)])
     flipped = pictures[:, 0, 0, 0] > pictures[:, 0, -1, 0]
@@ -266,6 +315,30 @@ def test_flips_are_half_of_all(tmp_path):
     unflipped = dataclasses.replace(config, data=dataclasses.replace(config.data, flip=False))
     pictures = next(make_batches(unflipped))["picture"]
     assert (pictures[:, 0, 0, 0] < pictures[:, 0, -1, 0]).all()
+
+
+@pytest.mark.parametrize("buckets", [True, False])
+def test_crops_and_flips_are_pinned(folder, monkeypatch, buckets):
+    """To their own streams, written down: a run that goes on with another version sees what it would have seen."""
+    crop, flip = 2, 3
+    # Two columns that tell the place of the crop, and which of them was the left one.
+    monkeypatch.setattr(module, "decode", lambda data, size, place: np.array([[(*place, 0), (*place, 1)]]))
+    batches = take(make_batches(config_of(folder, 1, buckets=buckets)), 5)
+    found = np.concatenate([batch["picture"] for batch in batches])[:, 0]
+    places = [[uniform(5, crop, i, axis) if buckets else 0.5 for axis in (0, 1)] for i in range(20)]
+    assert (found[:, 0, :2] == places).all() and (found[:, 1, :2] == places).all()
+    assert (found[:, 0, 2] == [uniform(5, flip, i) < 0.5 for i in range(20)]).all()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_seed_is_another_order(folder, stage):
+    config = config_of(folder, stage, flip=stage == 2)
+    name = "picture" if stage == 1 else "mean"
+    orders = [
+        np.concatenate([batch[name].max((1, 2, 3)) for batch in take(make_batches(each), 5)])
+        for each in (config, dataclasses.replace(config, seed=6), config)
+    ]
+    assert (orders[0] == orders[2]).all() and np.sum(orders[0] != orders[1]) > 10
 
 
 def test_held_out(folder):
@@ -303,6 +376,27 @@ def test_a_state_of_other_data_is_refused(folder, stage):
     with pytest.raises(UserError, match="data"):
         batches.restore(state | {IDENTITY: "of another folder"})
     assert json.loads(json.dumps(state)) == state
+
+
+@pytest.mark.parametrize(
+    "stage, change",
+    [(1, {"level": 9}), (2, {"level": 9}), (2, {"caption": "d"}), (2, {"weights": "g"}), (2, {"length": 7})],
+)
+def test_a_state_of_changed_data_is_refused(tmp_path, stage, change):
+    """As many records as before, of which one, or what encoded them, is another."""
+
+    def batches_of(root, level=0, caption="b", weights="f", length=8):
+        root.mkdir()
+        pictures = [np.full((64, 64, 3), value, np.uint8) for value in (1, 2, 3, level)]
+        encoder = Encoder(weights * 64, {"scaling": 1.0, "shift": 0.0, "latent_channels": 2}, toy_encode)
+        captions = [("a", "c"), ("a", caption), ("a",), ("a",)]
+        write_data(root, pictures, captions, encoder, hashed_words(None, length), Plan(resolution=64))
+        return make_batches(config_of(root, stage, held_out=0))
+
+    state = batches_of(tmp_path / "before").state()
+    batches_of(tmp_path / "same").restore(state)
+    with pytest.raises(UserError, match="not those this run was started with"):
+        batches_of(tmp_path / "changed", **change).restore(state)
 
 
 def test_latents_of_another_resolution(folder):
