@@ -4,8 +4,10 @@ import ast
 import errno
 import importlib.util
 import os
+import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -13,6 +15,7 @@ import pytest
 from bucket import Bucket, put_folder, serve
 
 import lwd_jax
+from lwd_jax import files
 from lwd_jax.cli import main
 from lwd_jax.errors import UserError
 from lwd_jax.files import Spool, checksums, files_in, is_empty, locate, locked, on_disk, staged, write_whole
@@ -92,6 +95,15 @@ def test_a_backup_file_is_content(tmp_path):
     """epath does not list it; a folder that holds one is not to be replaced."""
     (tmp_path / "notes~").write_text("mine")
     assert not is_empty(locate(tmp_path))
+
+
+@pytest.mark.parametrize("size", [0, 15, 16, 17, 50])
+def test_checksums_are_of_whole_files(tmp_path, monkeypatch, size):
+    """Which are read in blocks."""
+    monkeypatch.setattr(files, "_BLOCK", 16)
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    assert checksums(locate(tmp_path)) == {"file": (size, zlib.crc32(content))}
 
 
 def test_a_spool_of_a_folder_is_the_folder(tmp_path):

@@ -52,6 +52,13 @@ def test_json_fields(tmp_path, field, value, expected):
     assert find_captions(tmp_path, [tmp_path / "p.png"]) == [expected]
 
 
+def test_of_several_json_fields_the_first_counts(tmp_path):
+    fields = ["captions", "caption", "text", "prompt"]
+    for start, first in enumerate(fields):
+        (tmp_path / "p.json").write_text(json.dumps({field: f"of {field}" for field in reversed(fields[start:])}))
+        assert find_captions(tmp_path, [tmp_path / "p.png"]) == [(f"of {first}",)]
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [

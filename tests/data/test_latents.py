@@ -35,8 +35,8 @@ def quiet(*_):
 class Toy:
     """An autoencoder that counts the pictures it was shown, and can be made to fail."""
 
-    def __init__(self, fingerprint="a" * 64, fail_after=10**9):
-        self.batches, self.fail_after, self.fingerprint = 0, fail_after, fingerprint
+    def __init__(self, fingerprint="a" * 64, fail_after=10**9, dtype="float32"):
+        self.batches, self.fail_after, self.fingerprint, self.dtype = 0, fail_after, fingerprint, dtype
 
     def __call__(self, pictures):
         assert pictures.shape[0] == PLAN.batch_size and pictures.dtype == np.uint8
@@ -48,7 +48,7 @@ class Toy:
 
     @property
     def encoder(self):
-        return Encoder(self.fingerprint, {"scaling": 1.5, "shift": 0.1, "latent_channels": 3}, self)
+        return Encoder(self.fingerprint, {"scaling": 1.5, "shift": 0.1, "latent_channels": 3}, self, self.dtype)
 
 
 def save(folder, number, seed=None):
@@ -205,6 +205,9 @@ def test_unreadable_pictures_are_left_out(root, monkeypatch):
     assert outcome.pictures_made == 6 and outcome.rejects == [("00.png", "cannot be read: broken")]
     latents = open_latents(root / "latents")
     assert len(latents) == 6 and latents.text(0, 0)[1] == "picture 01" and latents.metadata["rejects"]
+    assert latents.sha256.tolist() == dataset.sha256[1:].tolist()
+    # The picture left out and the one after it are of two sizes.
+    assert [latents.latent(i)[0].shape for i in range(6)] == [(h // 8, w // 8, 3) for h, w in latents.sizes]
 
 
 def test_pictures_without_a_caption_are_unconditional(root):
@@ -212,6 +215,7 @@ def test_pictures_without_a_caption_are_unconditional(root):
     encode(root, dataset_of(root, captions), Toy())
     latents = open_latents(root / "latents")
     assert latents.caption_count(0) == 1 and latents.text(0, 0)[1] == "" and latents.caption_count(1) == 4
+    assert [latents.text(1, i)[1] for i in range(4)] == ["a", "b", "c", "d"]  # the first ones
 
 
 def test_small_buckets_join_and_squares(root):
@@ -262,6 +266,7 @@ def files_of(folder):
         ({"keep_aspect": False}, "buckets True, not False"),
         ({"storage": "float32"}, "storage float16, not float32"),
         ({"toy": Toy("b" * 64)}, "autoencoder_fingerprint aaaaaaaaaaaaaaaa, not bbbbbbbbbbbbbbbb"),
+        ({"toy": Toy(dtype="bfloat16")}, "dtype float32, not bfloat16"),
         ({"text": hashed_words(None, length=8)}, "text_fingerprint"),
     ],
 )
@@ -387,8 +392,9 @@ def test_mistakes(root, tmp_path):
         check_autoencoder(latents, "b" * 64)
     assert "a" * 16 in str(caught.value) and "b" * 16 in str(caught.value)
     check_text(latents, 128, 128)
-    with pytest.raises(UserError, match="128.*4096"):
-        check_text(latents, 4096, 2048)
+    for width, pooled in ((4096, 2048), (4096, 128), (128, 2048)):
+        with pytest.raises(UserError, match=f"are 128 and pooled 128 .*reads {width} and {pooled}"):
+            check_text(latents, width, pooled)
     with pytest.raises(UserError, match="no folder of latents"):
         open_latents(tmp_path / "missing")
     with pytest.raises(UserError, match="holds no latents"):

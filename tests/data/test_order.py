@@ -52,6 +52,12 @@ def test_every_epoch_shuffles_batches_and_members_anew():
     assert len({tuple(single.record(40 * epoch + i) for i in range(40)) for epoch in range(5)}) == 5
 
 
+def test_buckets_of_equal_size_are_shuffled_differently():
+    order = Order(np.arange(80) % 2, 40, 0)  # two batches: the even records, and the odd ones
+    one, two = np.array([order.record(i) for i in range(80)]).reshape(2, 40) // 2
+    assert sorted(one) == sorted(two) == list(range(40)) and (one != two).any()
+
+
 def test_the_last_batch_is_filled_from_another_shuffle():
     streams = [[order.record(i) for i in range(80)] for order in (Order(np.zeros(41), 40, seed) for seed in range(5))]
     filled = 0

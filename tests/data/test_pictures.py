@@ -45,6 +45,12 @@ def test_lossless_reencoding_of_other_formats():
     assert standard.pixels == standardise(encoded(Image.fromarray(values), "PNG")).pixels
 
 
+def test_the_same_bytes_in_another_shape_are_another_picture():
+    values = noise(20, 30)
+    wide, tall = (standardise(encoded(Image.fromarray(each))) for each in (values, values.reshape(30, 20, 3)))
+    assert wide.pixels != tall.pixels
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     values = noise(24, 40)
@@ -179,6 +185,20 @@ def test_dct_reduction_agrees_with_full_decoding():
     fast = decode(data, (96, 160)).astype(int)
     slow = decode(encoded(Image.open(io.BytesIO(data)).convert("RGB")), (96, 160)).astype(int)
     assert np.abs(fast - slow).mean() < 1.0 and np.abs(fast - slow).max() < 12
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_scaling_is_lanczos_of_the_whole_picture(place):
+    """Up to the finest detail that the size can hold; the sides do not divide by what the DCT reduces them by."""
+    waves = np.fft.rfft2(np.random.default_rng(0).standard_normal((401, 603)))
+    waves *= (np.abs(np.fft.fftfreq(401))[:, None] < 32 / 401) & (np.fft.rfftfreq(603) < 32 / 401)
+    values = np.fft.irfft2(waves, (401, 603))
+    detail = np.clip(127 + 40 * values / values.std(), 0, 255).astype(np.uint8)
+    data = encoded(Image.fromarray(detail).convert("RGB"), "JPEG", quality=98)
+    left = 202 * place
+    whole = Image.fromarray(pixels(data)).resize((64, 64), Image.Resampling.LANCZOS, box=(left, 0, left + 401, 401))
+    error = decode(data, (64, 64), (place, place)) - np.asarray(whole, np.float64)
+    assert 10 * np.log10(255**2 / np.mean(error**2)) > 45  # dB
 
 
 def test_no_tensorflow():

@@ -173,6 +173,10 @@ def test_equal_to_the_diffusers_pipeline(folder, tmp_path, with_t5):
     encoder.tell_of_longer([])
     rooms = {"CLIP's 77 tokens": 1} | ({"T5's 64 tokens": 1} if with_t5 else {})
     assert encoder.longer(CAPTIONS) == rooms and set(encoder.longer(CAPTIONS[:3]).values()) == {0}
+    # What just fits is not told of: 75 letters between CLIP's two marks, 63 words before T5's one.
+    assert encoder.longer([" ".join(["a"] * count) for count in (75, 76)])["CLIP's 77 tokens"] == 1
+    if with_t5:
+        assert encoder.longer([" ".join(["light"] * count) for count in (63, 64)])["T5's 64 tokens"] == 1
     # The captions differ in every part that is there, so that equality above means something.
     assert np.ptp(states.tokens[:3, :77, :40], axis=0).max() > 0.1 and np.ptp(states.pooled[:3], axis=0).max() > 0.1
     assert (np.ptp(states.tokens[:3, 77:], axis=0).max() > 0.1) == with_t5
@@ -187,11 +191,18 @@ def test_fingerprints_follow_weights_and_settings(folder, tmp_path):
     base = sd3(folder).fingerprint
     assert sd3(folder).fingerprint == base != sd3(folder, max_length=77).fingerprint
     changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "text_encoder_2" / "notes.md").write_text("not read")
+    assert sd3(changed).fingerprint == base
     path = changed / "text_encoder_2" / "model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[...] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    assert sd3(changed).fingerprint != base
+    found = [base, sd3(changed).fingerprint]
+    for name in ("text_encoder/config.json", "tokenizer/merges.txt", "tokenizer_3/spiece.model"):
+        with (changed / name).open("a") as file:
+            file.write("\n")
+        found.append(sd3(changed).fingerprint)
+    assert len(set(found)) == 5
 
 
 def test_mistakes(folder, tmp_path, monkeypatch):
