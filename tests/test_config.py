@@ -8,7 +8,7 @@ import pytest
 
 from lwd_jax.cli import main
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.config import Config, from_json, load_config, to_json
+from lwd_jax.config import _RANGES, Config, from_json, load_config, to_json
 from lwd_jax.errors import UserError
 
 
@@ -80,6 +80,45 @@ def test_mistakes_are_one_sentence_that_names_the_field(values, words):
         load_config(values)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+# Values that fields may not have, values just inside their bounds, and the fields. Written out here, since a bound that
+# is read from the table of ranges could not be wrong.
+BOUNDS = [
+    ((0,), (16,), ["resolution"]),
+    ((0,), (1,), ["data.batch_size", "matching.levels", "matching.time_bins", "optimizer.accumulate", "adapter.rank"]),
+    ((0,), (1,), ["training.steps", "training.log_every", "training.save_every", "training.keep", "sampling.steps"]),
+    ((0,), (1,), ["training.nonfinite_limit"]),
+    ((-1,), (0,), ["data.workers", "data.held_out", "optimizer.warmup", "training.preview_every"]),
+    ((-1e-6,), (0,), ["reconstruction.alpha", "reconstruction.beta", "reconstruction.lpips"]),
+    ((-1e-6,), (0,), ["optimizer.weight_decay", "optimizer.clip"]),
+    ((0,), (1e-6,), ["matching.softness", "matching.logit_std", "matching.shift", "sampling.shift", "adapter.alpha"]),
+    ((0,), (1e-6,), ["optimizer.learning_rate", "optimizer.eps"]),
+    ((0, 1), (1e-6, 1 - 1e-6), ["matching.floor"]),
+    ((-1e-6, 1 + 1e-6), (0, 1), ["matching.caption_dropout"]),
+    ((-1e-6, 1), (0, 1 - 1e-6), ["optimizer.b1", "optimizer.b2", "training.ema", "adapter.dropout"]),
+]
+
+
+def test_every_range_has_its_bounds_here():
+    assert _RANGES.keys() <= {name for *_, names in BOUNDS for name in names}
+
+
+@pytest.mark.parametrize(
+    "name, outside, inside", [(name, outside, inside) for outside, inside, names in BOUNDS for name in names]
+)
+def test_what_lies_outside_its_bounds_is_refused(name, outside, inside):
+    section, _, field = name.rpartition(".")
+    given = {"stage": 1} if section == "reconstruction" else {"adapter": {"kind": "lora"}}
+
+    def load(value):
+        return load_config(given | ({section: given.get(section, {}) | {field: value}} if section else {field: value}))
+
+    for value in inside:
+        load(value)
+    for value in outside:
+        with pytest.raises(UserError, match=f"'{name}' must lie in "):
+            load(value)
 
 
 def test_every_default_is_immutable():
