@@ -8,6 +8,7 @@ from PIL import Image
 from tiny_models import KL, autoencoder, write_workdir
 
 from lwd_jax.autoencoders import load_autoencoder, save_autoencoder
+from lwd_jax.cli import encode as command
 from lwd_jax.cli import main
 from lwd_jax.config import load_config
 from lwd_jax.data.dataset import open_dataset
@@ -24,7 +25,7 @@ def root(tmp_path_factory):
     for i, shape in enumerate([(70, 100), (100, 70), (80, 110)]):
         values = np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8)
         Image.fromarray(values).save(root / "images" / f"{i}.png")
-        (root / "images" / f"{i}.txt").write_text(f"picture {i}")
+        (root / "images" / f"{i}.txt").write_text(f"picture {i}\nnumber {i}")
     assert (
         main(["prepare", "--images", str(root / "images"), "--out", str(root / "dataset"), "--resolution", "64"]) == 0
     )
@@ -105,6 +106,23 @@ def test_plain_weights_are_those_of_a_run_without_averages(root, capsys):
     for models, words in (("one", "one set of weights"), (second.name, "is of stage 2")):
         assert encode(root, models, *text, str(root / "refused"), "--plain") == 2
         assert words in capsys.readouterr().err and not (root / "refused").exists()
+
+
+def test_so_many_captions_and_arithmetic_as_asked(root, tmp_path, monkeypatch):
+    built = []
+
+    def posterior_of(module):
+        built.append(jnp.dtype(module.dtype).name)
+        return lambda params, pictures: (jnp.zeros((2, 8, 8, 4)), jnp.ones((2, 8, 8, 4)))
+
+    monkeypatch.setattr(command, "make_posterior", posterior_of)
+    for name, more in {"usual": (), "asked": ("--captions", "1", "--dtype", "bfloat16")}.items():
+        given = ("--text", "hashed_words", "--no-buckets", "--out", str(tmp_path / name))
+        assert encode(root, "one", *given, *more) == 0
+    usual, asked = (open_latents(tmp_path / name) for name in ("usual", "asked"))
+    assert [usual.text(2, i)[1] for i in range(usual.caption_count(2))] == ["picture 2", "number 2"]
+    assert [asked.text(2, i)[1] for i in range(asked.caption_count(2))] == ["picture 2"]
+    assert [usual.metadata["dtype"], asked.metadata["dtype"]] == built == ["float32", "bfloat16"]
 
 
 @pytest.mark.parametrize(

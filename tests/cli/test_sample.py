@@ -1,6 +1,7 @@
 """`lwd sample`: PNG files that carry their parameters, samples.json, and one sentence with exit code 2 for mistakes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.numpy import save_file
 from tiny_models import write_pipeline, write_workdir
 
 from lwd_jax.cli import main
+from lwd_jax.cli import sample as command
 from lwd_jax.sample.generate import initial_noise
 
 
@@ -58,6 +60,22 @@ def test_latents_from_pytorch_take_the_place_of_the_seed(run, tmp_path, suffix):
     given, seeded = (np.asarray(Image.open(tmp_path / name / "00000.png")) for name in both)
     np.testing.assert_array_equal(given, seeded)
     assert json.loads((tmp_path / "given" / "samples.json").read_text())["samples"][0]["seed"] is None
+
+
+def test_a_given_shift_is_the_same_at_every_size(run, tmp_path, monkeypatch):
+    """Also where the run's own grows with the picture."""
+    config = json.loads((run / "config.json").read_text())
+    config["sampling"]["shift_rule"] = "dynamic"
+    grown = shutil.copytree(run, tmp_path / "run")
+    (grown / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(command, "sample_pictures", lambda *_: iter([np.zeros((48, 48, 3), np.uint8)]))
+    told = []
+    for name, more in {"own": (), "given": ("--shift", 6)}.items():
+        given = ("--prompt", "a cat", "--resolution", 48, *more)
+        assert sample("--models", grown, *given, "--out", tmp_path / name) == 0
+        settings = json.loads((tmp_path / name / "samples.json").read_text())["settings"]
+        told.append((settings["shift_rule"], settings["shift"]))
+    assert told == [("dynamic", config["sampling"]["shift"]), ("static", 6)]
 
 
 def test_plain_weights_and_another_solver_draw_something_else(run, tmp_path):
