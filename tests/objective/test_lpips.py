@@ -79,6 +79,13 @@ def test_gradients_are_finite_where_features_vanish():
         assert np.isfinite(jax.jit(jax.grad(lambda x: (lpips._unit(x) ** 2).sum()))(features)).all()
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_small_features_count_like_large_ones(size):
+    features = np.random.default_rng(1).normal(size=(1, 3, 4, 8)).astype(np.float32)
+    expected = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    np.testing.assert_allclose(jax.jit(lpips._unit)(features * np.float32(size)), expected, rtol=2e-4)
+
+
 def test_heads_are_those_of_the_torch_package(perceptual):
     heads = np.concatenate([np.asarray(perceptual.args[0][f"head{stage}"]) for stage in range(5)])
     assert hashlib.sha256(heads.tobytes()).hexdigest() == TORCH_HEADS_SHA256

@@ -10,7 +10,9 @@ from jaxprs import rounded, traced
 
 from lwd_jax.config import Matching
 from lwd_jax.errors import UserError
+from lwd_jax.objective.masks import supervision_mask
 from lwd_jax.objective.matching import matching_loss
+from lwd_jax.objective.saliency import wavelet_saliency
 from lwd_jax.objective.wavelets import haar
 
 TIMES = np.array([0.05, 0.45, 0.7, 0.97], np.float32)
@@ -54,12 +56,14 @@ def by_torch(torch, config):
     energy = (bands**2).sum(1).unflatten(0, source.shape[:2]).mean(1, keepdim=True)
     energy = torch.nn.functional.interpolate(energy, size=(10, 13), mode="bilinear", align_corners=False)
     low, high = energy.amin((2, 3), keepdim=True), energy.amax((2, 3), keepdim=True)
-    mask = ((energy - low) / (high - low + 1e-8) + config.floor >= t).float()
+    above = (energy - low) / (high - low + 1e-8) + config.floor - t
+    step = (above / config.softness + 1).clamp(0, 1)
+    mask = 3 * step**2 - 2 * step**3 if config.mask == "soft" else (above >= 0).float()
     velocity = torch.tanh(torch.einsum("bchw,cd->bdhw", z_t, kernel)) * t + torch.tensor(COND)[:, :, None, None]
     weight = t**-2 if config.weighting == "sigma_sqrt" else torch.ones_like(t)
     per_sample = (weight * (mask * (velocity - (noise - z0))) ** 2).mean((1, 2, 3))
     if config.normalise == "supervised":
-        per_sample = per_sample / mask.mean((1, 2, 3))
+        per_sample = per_sample / (mask**2).mean((1, 2, 3))
     per_sample.mean().backward()
     return per_sample.detach(), kernel.grad, mask.mean()
 
@@ -70,6 +74,8 @@ def by_torch(torch, config):
         {},
         {"source": "noisy", "weighting": "sigma_sqrt"},
         {"saliency": "released_three_channels", "normalise": "supervised", "floor": 0.45},
+        {"mask": "soft", "softness": 0.4},
+        {"mask": "soft", "softness": 0.4, "normalise": "supervised"},
     ],
 )
 def test_loss_and_gradient_equal_torch(changes):
@@ -105,11 +111,21 @@ def test_mask_of_ones_is_the_plain_loss_bit_for_bit(normalise, weighting):
     assert metrics["supervised_fraction"] == 1
 
 
-def test_both_arms_report_the_same_plain_errors():
-    masked, plain = run(Matching())[1], run(PLAIN)[1]
-    assert masked["supervised_fraction"] < 1 and masked["loss"] < plain["loss"]
-    for name in ("loss_detail", "loss_smooth", "loss_by_time", "count_by_time"):
-        np.testing.assert_allclose(masked[name], plain[name], rtol=1e-6)
+def test_every_map_and_mask_reports_the_same_plain_errors():
+    plain = run(PLAIN)[1]
+    maps = [{"source": "noisy"}, {"saliency": "released_three_channels"}, {"levels": 2}]
+    for config in (Matching(), *(dataclasses.replace(PLAIN, mask="soft", **changes) for changes in maps)):
+        masked = run(config)[1]
+        assert masked["supervised_fraction"] < 1 and masked["loss"] < plain["loss"]
+        for name in ("loss_detail", "loss_smooth", "loss_by_time", "count_by_time"):
+            np.testing.assert_allclose(masked[name], plain[name], rtol=1e-6)
+
+
+def test_the_mask_has_the_wavelet_levels_floor_and_softness_of_the_config():
+    saliency = wavelet_saliency(Z0, "db2", 2)
+    mask = supervision_mask(saliency, TIMES, 0.2, "soft", 0.4)
+    config = Matching(wavelet="db2", levels=2, floor=0.2, mask="soft", softness=0.4)
+    np.testing.assert_allclose(run(config)[1]["supervised_fraction"], np.mean(mask), rtol=1e-5)
 
 
 def test_no_gradient_and_no_loss_where_nothing_is_supervised():
@@ -129,19 +145,19 @@ def test_no_gradient_and_no_loss_where_nothing_is_supervised():
 
 def test_metrics_by_region_and_time():
     """The error is 2 in the detailed quarter (a checkered one), 1 in the half-detailed one, and 0 elsewhere."""
-    z0 = np.zeros((3, 16, 16, 2), np.float32)
+    z0 = np.zeros((5, 16, 16, 2), np.float32)
     z0[:, :8, :8] = 4 * (-1.0) ** np.add.outer(np.arange(8), np.arange(8))[..., None]
     z0[:, :8, 8:] = 2 * (-1.0) ** np.add.outer(np.arange(8), np.arange(8))[..., None]
     error = np.zeros_like(z0)
     error[:, :8, :8], error[:, :8, 8:] = 2, 1
     noise = normal(4, *z0.shape)
-    t = np.array([0.1, 0.95, 1.0], np.float32)
+    t = np.array([0.1, 0.2, 0.45, 0.95, 1.0], np.float32)
     config = dataclasses.replace(PLAIN, time_bins=4)
     _, metrics = jax.jit(lambda: matching_loss(lambda z_t, t, cond: noise - z0 + error, z0, None, t, noise, config))()
     assert 3.5 < metrics["loss_detail"] <= 4.0  # the border of the regions blurs by a position
     assert metrics["loss_smooth"] == 0
-    np.testing.assert_array_equal(metrics["count_by_time"], [1, 0, 0, 2])
-    np.testing.assert_allclose(metrics["loss_by_time"], [1.25, 0, 0, 2.5], rtol=1e-5)
+    np.testing.assert_array_equal(metrics["count_by_time"], [2, 1, 0, 2])
+    np.testing.assert_allclose(metrics["loss_by_time"], [2.5, 1.25, 0, 2.5], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], 1.25, rtol=1e-5)
 
 

@@ -145,6 +145,25 @@ def test_posterior_is_sampled_with_its_own_deviation():
     np.testing.assert_allclose(mean_square(False, jax.random.key(0)), 0.7**2, rtol=1e-6)
 
 
+def test_the_sample_and_the_scale_have_keys_of_their_own():
+    """Decoded as itself against a black picture, both terms tell the drawn latent, and the second its scale."""
+    mean, logvar = np.random.default_rng(8).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
+    config, x = Reconstruction(lpips=0.0, scales=(2, 4)), np.zeros((1, 8, 8, 3), np.float32)
+    program = jax.jit(
+        lambda key: reconstruction_loss(lambda x: Posterior(mean, logvar), lambda z: z, x, key, config, None)
+    )
+    scales = []
+    for key in jax.random.split(jax.random.key(0), 6):
+        of_sample, of_scale = jax.random.split(key)
+        z = mean + np.exp(logvar / 2) * np.asarray(jax.random.normal(of_sample, mean.shape))
+        scales.append(config.scales[int(jax.random.randint(of_scale, (), 0, 2))])
+        metrics = program(key)[1]
+        np.testing.assert_allclose(metrics["reconstruction"], np.mean(z**2), rtol=1e-5)
+        pooled = z.reshape(8 // scales[-1], scales[-1], -1, scales[-1], 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(metrics["scale_consistency"], np.mean(pooled**2), rtol=1e-5)
+    assert set(scales) == {2, 4}
+
+
 def test_a_posterior_without_variance_has_no_kl():
     def point(x):
         return Posterior(encode(weights(), x).mean, None)
@@ -192,6 +211,7 @@ def test_psnr_is_of_pictures_on_range_255():
         expected = skimage.peak_signal_noise_ratio((X[i] + 1) * 127.5, (y[i] + 1) * 127.5, data_range=255)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(psnr)(X, X), 100)
+    np.testing.assert_allclose(jax.jit(psnr)(np.full_like(X, 1.5), np.ones_like(X)), 100)  # after clipping
 
 
 def test_mistakes_are_named():
