@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jaxprs import traced
 from tiny_models import SD3, backbone
 
 from lwd_jax.adapters import attach
 from lwd_jax.adapters.dropout import dropout, streams
 from lwd_jax.adapters.factors import frozen, is_factor, merged, saved, trainable
+from lwd_jax.adapters.lora import scale as scale_of
+from lwd_jax.adapters.lora import settings_of
 from lwd_jax.config import Adapter
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
@@ -81,17 +84,19 @@ def test_lora_starts_at_its_base_bit_for_bit(init):
 
 
 def test_the_drawn_factor_has_the_deviation_1_over_rank():
-    params = attach(
-        {"blocks": {"q": {"kernel": np.zeros((2, 400, 300))}}}, jax.random.key(0), Adapter("lora", 4, ("q",))
-    )
-    first = np.asarray(params["blocks"]["q"]["lora_a"])
+    kernel = {"kernel": np.zeros((2, 400, 300))}
+    params = attach({"blocks": {"q": kernel, "k": kernel}}, jax.random.key(0), Adapter("lora", 4, ("q", "k")))
+    first, other = (np.asarray(params["blocks"][name]["lora_a"]) for name in "qk")
     assert first.shape == (2, 400, 4) and first.std() == pytest.approx(1 / 4, rel=0.03)
     assert apart(first[0], first[1]) > 1, "every layer of a stack has its own"
+    assert apart(first, other) > 1, "and so has every kernel of a layer"
 
 
 @pytest.mark.parametrize("stabilised,scale", [(False, 6 / 3), (True, 6 / 3**0.5)])
 def test_scale(stabilised, scale):
-    leaves = flat(adapted(dataclasses.replace(LORA, rank_stabilised=stabilised)))
+    params = adapted(dataclasses.replace(LORA, rank_stabilised=stabilised))
+    assert scale_of(settings_of(saved(params))) == pytest.approx(scale), "as told of the factors alone"
+    leaves = flat(params)
     found = {name: leaf for name, leaf in leaves.items() if name.endswith("lora_scale")}
     assert len(found) > 8
     for name, leaf in found.items():
@@ -216,6 +221,19 @@ def test_dropout_is_of_what_the_factors_see():
     assert (kept[0] != kept[1]).mean() > 0.2
     np.testing.assert_array_equal(run(0.25, keys[1:], x[1:]), seen[1:])
     np.testing.assert_allclose(run(0.0, keys, x), x, rtol=1e-5)
+
+
+def test_two_layers_of_one_shape_drop_different_elements():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Dense(40, name="q")(x), Dense(40, name="k")(x)
+
+    zeros, one = np.zeros((40, 40), np.float32), np.eye(40, dtype=np.float32)
+    layer = {"kernel": zeros, "bias": zeros[0], "lora_a": one, "lora_b": one, "lora_scale": np.float32(1)}
+    with dropout(0.5, jax.random.split(jax.random.key(0), 2)):
+        q, k = Two().apply({"params": {"q": layer, "k": layer}}, np.ones((2, 30, 40), np.float32), rngs=streams(0.5))
+    assert np.mean((q != 0) == (k != 0)) == pytest.approx(0.5, abs=0.05)
 
 
 def test_dropout_reaches_every_layer_of_a_stack_differently():

@@ -57,6 +57,21 @@ def test_forward_equals_diffusers(config, latent):
     assert relative(picture, nhwc(their_picture)) < 1e-5
 
 
+def test_log_variances_are_bounded_as_in_diffusers():
+    torch, twin, params = torch_twin(SIXTEEN)
+    bias = np.zeros(32, np.float32)
+    bias[16:24], bias[24:] = 100, -100
+    x = np.random.default_rng(4).uniform(-1, 1, (1, 14, 10, 3)).astype(np.float32)
+    encoder = params["encoder"]
+    head = encoder["conv_out"] | {"bias": bias}
+    with torch.no_grad():
+        twin.encoder.conv_out.bias.copy_(torch.tensor(bias))
+        theirs = nhwc(twin.encode(nchw(torch, x)).latent_dist.logvar)
+    logvar = run(SIXTEEN, params | {"encoder": encoder | {"conv_out": head}}, x, "encode").logvar
+    assert (theirs.min(), theirs.max()) == (-30, 20)
+    np.testing.assert_array_equal(logvar, theirs)
+
+
 @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
 def test_gradients_equal_diffusers(config):
     """Of a loss that reaches every parameter, with respect to parameters and picture."""

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
-from lwd_jax.nn.blockwise import blockwise_attention
+from lwd_jax.nn.blockwise import _attend, blockwise_attention
 
 
 def dense(q, k, v, real=None):
@@ -71,6 +72,18 @@ def test_half_precision_accumulates_in_float32(dtype):
     wanted = np.asarray(jax.jit(dense)(*(x.astype(np.float32) for x in (q, k, v))))
     assert output.dtype == dtype
     assert np.linalg.norm(np.asarray(output, np.float32) - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+
+def test_weights_are_summed_in_float32():
+    """By the log-sum-exp of 4,095 equal scores and another one: the weights of the equal ones, rounded to bfloat16, would
+    all be off by the same. Compiled without XLA's licence to leave roundings out, which would hide them.
+    """
+    q, k, v, _ = (x.swapaxes(1, 2) for x in random(1, 4096, 1, 16, jnp.bfloat16))
+    q, k[:, :, 1:] = q[:, :, :64], 0
+    attend = jax.jit(lambda q, k, v: _attend(q, (k[None], v[None], None))).lower(q, k, v)
+    logsum = attend.compile({"xla_allow_excess_precision": False})(q, k, v)[1]
+    scores = q.astype(np.float64) @ k.astype(np.float64).swapaxes(2, 3) / 4
+    np.testing.assert_allclose(logsum, logsumexp(scores, axis=-1, keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [1, 8])
