@@ -2,8 +2,10 @@
 pictures, dataset and latents that they train on.
 """
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,18 @@ FLUX = flux.Config(
 MODELS = {kl.Config: kl.AUTOENCODER, sd3.Config: sd3.BACKBONE, flux.Config: flux.BACKBONE}
 PIPELINES = {sd3.Config: "StableDiffusion3Pipeline", flux.Config: "FluxPipeline"}
 TEXT = {"length": 9, "width": 24, "pooled": 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A formula of all that a backbone is told, in place of one: for tests of what tells it. It has no parameters."""
+
+    config: Any
+
+    def apply(self, variables, z_t, t, cond):
+        said = cond.tokens.mean((1, 2)) + cond.pooled.mean(1) + (0 if cond.guidance is None else cond.guidance)
+        said, t = (x[:, None, None, None] for x in (said, t))
+        return jnp.sin(said * z_t + t)
 
 
 def random_params(model, config, seed: int):

@@ -75,8 +75,8 @@ def test_half_precision_accumulates_in_float32(dtype):
 
 
 def test_weights_are_summed_in_float32():
-    """By the log-sum-exp of 4,095 equal scores and another one: the weights of the equal ones, rounded to bfloat16, would
-    all be off by the same. Compiled without XLA's licence to leave roundings out, which would hide them.
+    """By the log-sum-exp of 4,095 equal scores and another one: the weights of the equal ones, rounded to bfloat16,
+    would all be off by the same. Compiled without XLA's licence to leave roundings out, which would hide them.
     """
     q, k, v, _ = (x.swapaxes(1, 2) for x in random(1, 4096, 1, 16, jnp.bfloat16))
     q, k[:, :, 1:] = q[:, :, :64], 0

@@ -121,12 +121,13 @@ def test_a_scheduler_that_is_not_reproduced_is_refused(folder, tmp_path, setting
         open_models(tmp_path / "copy").sampling()
 
 
-def test_the_scheduler_says_which_solver(folder, tmp_path):
+@pytest.mark.parametrize("said, shift", [({"shift": 1.5}, 1.5), ({}, 1.0)])
+def test_the_scheduler_says_which_solver_and_shift(folder, tmp_path, said, shift):
+    """Where it says none it is 1, as in diffusers, not our own default."""
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
-    scheduler = {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 1.5}
-    file.write_text(json.dumps(scheduler))
-    assert open_models(tmp_path / "copy").sampling() == Sampling(solver="heun", shift=1.5)
+    file.write_text(json.dumps({"_class_name": "FlowMatchHeunDiscreteScheduler"} | said))
+    assert open_models(tmp_path / "copy").sampling() == Sampling(solver="heun", shift=shift)
 
 
 def test_another_text_encoder_is_refused(runs):
