@@ -4,6 +4,8 @@ These are float32 islands: the products may take bfloat16 operands, their result
 back into the residual stream are float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,12 +17,14 @@ EMBEDDERS = ("time/", "guidance/", "pooled/")  # the Embedders of backbones
 
 
 @shaped("x: B L D, shift: B D, scale: B D -> B L D")
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def modulate(x, shift, scale):
     """layer_norm(x) (1 + scale) + shift, float32. Reference: DiT, adaLN."""
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 @shaped("x: B L D, gate: B D, y: B L D -> B L D")
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def gated(x, gate, y):
     """x + gate y, summed in float32, returned in the dtype of x."""
     return (x.astype(jnp.float32) + gate[:, None] * y.astype(jnp.float32)).astype(x.dtype)
