@@ -89,6 +89,8 @@ def test_decay_is_rate_times_decay_on_matrices_alone(name):
     [
         ("joint_blocks/picture/q/kernel", True),
         ("decoder/conv_in/kernel", True),
+        ("joint_blocks/picture/q/lora_a", True),
+        ("joint_blocks/picture/q/lora_b", True),
         ("joint_blocks/picture/q/bias", False),
         ("joint_blocks/picture/q_norm/scale", False),
         ("norm_out/scale", False),

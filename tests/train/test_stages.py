@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from lwd_jax.backbones.sd3 import BACKBONE, VARIANTS
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.objective.matching import draw_times
+from lwd_jax.objective.reconstruction import pool
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train.models import Opened, open_trained
 from lwd_jax.train.program import autoencoder_stage, build_program, latent_of, trained_paths
@@ -126,6 +128,22 @@ def test_stage_1_reports_its_terms_and_keeps_the_last_mapping():
         assert set(flat(tree)) == set(flat(state.params)) - frozen
 
 
+@pytest.mark.parametrize("sampled, name", [(True, "reconstruction"), (False, "scale_consistency")])
+def test_stage_1_draws_its_latents_and_its_scale_anew_in_every_step(sampled, name):
+    """Of one batch: the loss of a sample is another in each step, that of the mean is of one scale or of the other."""
+    run = config(1, reconstruction={"lpips": 0.0, "alpha": 0.25, "scales": (2, 4), "sample_posterior": sampled})
+
+    def apply(variables, x, method):
+        if method == "encode":
+            return kl.Posterior(pool(x, 2), jnp.zeros((len(x), 16, 16, 3)))
+        return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+    loss = jax.jit(autoencoder_stage(run, SimpleNamespace(apply=apply), None, None).loss)
+    batch = batch_for(run)
+    found = [loss({}, batch, picture_keys(jax.random.key(0), jnp.asarray(step), 4))[1] for step in range(8)]
+    assert len({float(metrics[name]) for metrics in found}) == (8 if sampled else 2)
+
+
 def test_stage_2_trains_all_but_the_position_table():
     gradients, metrics = gradient(config(2))
     assert {"loss", "supervised_fraction", "loss_detail", "loss_smooth", "loss_by_time"} <= metrics.keys()
@@ -153,6 +171,23 @@ def test_mask_everywhere_is_plain_flow_matching():
     guess = jax.jit(module.apply)({"params": start(2)}, (1 - s) * z0 + s * noise, t, cond)
     assert float(value) == pytest.approx(float(jnp.mean((guess - (noise - z0)) ** 2)), rel=1e-6)
     assert float(metrics["supervised_fraction"]) == 1.0 and len(set(np.asarray(t).tolist())) == 4
+
+
+def test_the_dynamic_shift_is_of_the_picture_tokens_of_the_bucket():
+    """By FLUX's formula, from the times that are drawn without a shift."""
+
+    def times(rule):
+        run, given = config(2, matching={"shift_rule": rule}), []
+        apply = lambda variables, z_t, t, cond, **_: (given.append(t), z_t)[1]
+        module = SimpleNamespace(config=SD3, apply=apply)
+        stage = stage_of(run, opened(2)._replace(module=module), KL, TOKENS, None)
+        batch = batch_for(run) | dict.fromkeys(("mean", "std"), np.ones((4, 16, 96, 4), np.float32))
+        stage.loss({}, batch, jax.random.split(jax.random.key(0), 4))
+        return np.asarray(given[0], np.float64)
+
+    odds = np.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (8 * 48 - 256))
+    t = times("none")
+    np.testing.assert_allclose(times("dynamic"), odds * t / (1 + (odds - 1) * t), rtol=1e-5)
 
 
 def test_a_latent_is_a_scaled_sample_of_its_posterior():

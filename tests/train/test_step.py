@@ -156,8 +156,9 @@ def test_average_of_what_stays_is_what_stays():
     assert largest_difference(start, state.params) == largest_difference(start, state.ema) == 0
 
 
-def test_average_of_schedule_free_is_its_own():
-    program = one_device(toy_config(optimizer={"name": "schedule_free_adamw"}))
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_average_of_schedule_free_is_its_own(ema):
+    program = one_device(toy_config(optimizer={"name": "schedule_free_adamw"}, training={"ema": ema}))
     state, _ = take(program, 3)
     expected = optax.contrib.schedule_free_eval_params(state.opt_state, state.params)
     assert largest_difference(expected, eval_params(state)) < 1e-6
