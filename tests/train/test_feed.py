@@ -50,3 +50,17 @@ def test_they_lie_as_the_step_takes_them(feed):
         for name, array in expected.items():
             assert isinstance(found[name], jax.Array) and found[name].sharding == shardings[name]
             np.testing.assert_array_equal(found[name], array)
+
+
+def test_replaced_pictures_are_counted_once():
+    """What an iterator says it has replaced so far, as of the batch that was used last."""
+
+    class Replacing(ToyBatches):
+        @property
+        def replaced(self):
+            return [0, 1, 1, 3][min(self.index, 3)]
+
+    feed = Feed(Replacing(), MESH)
+    assert feed.replaced == 0
+    assert [(next(feed).replaced, feed.replaced) for _ in range(3)] == [(1, 1), (1, 1), (3, 3)]
+    feed.close()
