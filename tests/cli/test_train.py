@@ -1,5 +1,6 @@
 """`lwd train`: killed at any moment it resumes to the uninterrupted run; mistakes are one sentence and exit code 2."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from compiling import QUICKLY
 from safetensors.numpy import load_file, save_file
-from tiny_models import SMALL_KL, autoencoder, write_inputs
+from tiny_models import SD3, SMALL_KL, autoencoder, backbone, write_inputs
 
 from lwd_jax.autoencoders import save_autoencoder
+from lwd_jax.backbones import save_backbone
 from lwd_jax.cli import main
 from lwd_jax.train import metrics, setup
 from lwd_jax.train.checkpoint import Checkpoints, read_params
@@ -55,6 +57,7 @@ def root(tmp_path_factory):
     write_inputs(root)
     save_autoencoder(root / "other", *autoencoder(1))
     save_autoencoder(root / "small", *autoencoder(0, SMALL_KL))
+    save_backbone(root / "wide", *backbone(0, dataclasses.replace(SD3, pooled_projection_dim=20)))
     shutil.copytree(root / "vae", root / "torn")
     file = next((root / "torn").glob("*.safetensors"))
     tensors = load_file(file)
@@ -193,6 +196,7 @@ def test_a_run_is_not_mixed_with_what_another_command_wrote(root, capsys, folder
         (2, ("--config.models.autoencoder=''",), "set models.autoencoder"),
         (2, ("--config.data.latents={root}/nowhere",), "no folder of latents"),
         (2, ("--config.models.backbone={root}/vae",), "AutoencoderKL, but SD3Transformer2DModel"),
+        (2, ("--config.models.backbone={root}/wide",), "24 and pooled 16 wide, but the backbone reads 24 and 20"),
         (2, ("--config.models.autoencoder_variant=sdxl",), "not of models.autoencoder_variant 'sdxl': its \\w+ is"),
         (1, ("--config.data.batch_size=3",), "batch_size 3 .*does not divide"),
         (1, ("--config.optimizer.freeze=('nothing_here',)",), "nothing_here"),

@@ -1,5 +1,6 @@
 """Laws: a folder and a workdir open to the models they stand for, lazily; pictures equal the PyTorch pipeline's."""
 
+import dataclasses
 import json
 import shutil
 
@@ -17,6 +18,8 @@ from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.report.pipeline import TEXT_PARTS, open_models, text_encoder
 from lwd_jax.report.samples import Request, encode_prompts, sample_pictures
+from lwd_jax.train.checkpoint import read_config
+from lwd_jax.train.models import open_autoencoder
 from lwd_jax.weights.table import flat
 
 
@@ -78,6 +81,23 @@ def test_a_workdir_gives_what_it_trained_and_the_autoencoder_of_stage_1(runs, em
     assert models.text()["kind"] == "hashed_words" and models.resolution() == 64
     with pytest.raises(UserError, match="no backbone"):
         open_models(first).backbone()
+
+
+def test_a_run_on_plain_latents_decodes_with_the_plain_autoencoder(tmp_path, runs):
+    """So does one that names this run as where its autoencoder is."""
+
+    def run(name, autoencoder):
+        place = shutil.copytree(runs[1], tmp_path / name)
+        config = dataclasses.asdict(read_config(place))
+        config["models"] |= {"autoencoder": str(autoencoder), "autoencoder_variant": "", "ema": False}
+        (place / "config.json").write_text(json.dumps(config))
+        return place
+
+    second = run("second", run("first", runs[0]))
+    models = open_models(second), open_models(second, autoencoder=str(runs[0]))
+    found = [*(each.autoencoder()[1] for each in models), open_autoencoder(read_config(second)).params()]
+    expected = random_params(kl.AUTOENCODER, KL, 10)
+    assert all(same(params, expected) for params in found)
 
 
 def test_a_run_from_random_weights_needs_no_folder_but_for_its_autoencoder(tmp_path, runs):

@@ -192,6 +192,14 @@ def test_a_base_that_moved_is_the_same_and_another_is_not(root, trained, tmp_pat
         open_models(tmp_path / "run").backbone()
 
 
+def test_the_fingerprint_of_adapters_is_of_their_base_too(root, trained, tmp_path):
+    """And not of where it lies."""
+    shutil.copytree(root / "transformer", tmp_path / "moved")
+    places = ("", str(tmp_path / "moved"), str(root / "other"))
+    here, moved, other = (open_model(BACKBONE, str(trained), "", base=place).fingerprint() for place in places)
+    assert here == moved != other
+
+
 def test_adapters_want_a_base_and_a_run_stays_of_its_kind(root, trained, tmp_path):
     with pytest.raises(UserError, match="models.backbone"):
         make_setup(config_of(root, models={"backbone": "", "backbone_variant": "tiny"}))

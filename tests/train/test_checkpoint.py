@@ -31,7 +31,7 @@ from lwd_jax.train.checkpoint import (
 from lwd_jax.train.program import build_program
 from lwd_jax.train.state import eval_params
 from lwd_jax.weights.folder import fingerprint
-from lwd_jax.weights.table import flat
+from lwd_jax.weights.table import flat, nested
 
 CONFIG = toy_config()
 
@@ -149,6 +149,13 @@ def test_a_damaged_step_is_named_and_the_one_before_is_used(saved, caplog):
     same(params, eval_params(found.state))
 
 
+def test_a_file_that_was_not_saved_is_damage_too(saved):
+    """Of two copies that were mixed up, say: TensorStore reads what it finds."""
+    step = saved[0] / "checkpoints" / "2"
+    (step / "params" / "stray").write_bytes(b"1")
+    assert damage(step).startswith("params/stray ")
+
+
 def test_only_damaged_steps_is_a_clear_mistake(saved):
     workdir, _ = saved
     for step in ("1", "2"):
@@ -185,6 +192,32 @@ def test_another_run_is_refused_by_name(saved, field, value):
         restore(saved[0], dataclasses.replace(CONFIG, **values))
 
 
+def another(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return value[:-1] or ("another",)
+    return value + ("another" if isinstance(value, str) else 1)
+
+
+def test_a_run_goes_on_with_other_values_of_what_changes_no_number_alone(tmp_path):
+    """Every other field is refused by its name, also one that is new to the config."""
+    fields, free = flat(dataclasses.asdict(CONFIG)), set()
+    for path, value in fields.items():
+        try:
+            changed = configs.from_json(nested(fields | {path: another(value)}))
+            check_same_run(dataclasses.asdict(CONFIG), changed, tmp_path)
+            free.add(path)
+        except UserError as error:
+            assert f"started with {path.replace('/', '.')} = {value!r}, but" in str(error)
+    training = ("steps", "log_every", "save_every", "keep", "preview_every", "preview_prompts", "nonfinite_limit")
+    assert {path for path in free if not path.startswith(("mesh/", "sampling/"))} == {
+        "name", "remat", "data/workers", "training/profile_start", "training/profile_stop",
+        *(f"training/{name}" for name in training),
+    }  # fmt: skip
+    assert {path for path in fields if path.startswith(("mesh/", "sampling/"))} <= free
+
+
 def test_one_place_may_be_written_in_two_ways(saved, tmp_path, monkeypatch):
     """A run that began with a relative path goes on with an absolute one, or through a link."""
     workdir, _ = saved
@@ -209,14 +242,12 @@ def test_harmless_changes_are_not_refused(saved):
     assert restore(saved[0], dataclasses.replace(CONFIG, **changes))
 
 
-def test_steps_are_not_harmless_where_the_rate_depends_on_them(tmp_path):
-    config = toy_config(optimizer={"schedule": "cosine"})
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(after(0, config), {}, config)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_steps_are_not_harmless_where_the_rate_depends_on_them(tmp_path, schedule):
+    config = toy_config(optimizer={"schedule": schedule})
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=99))
     with pytest.raises(UserError, match="training.steps = 6"):
-        checkpoints.restore(program(1, config).state, longer)
-    checkpoints.close()
+        check_same_run(dataclasses.asdict(config), longer, tmp_path)
 
 
 def test_a_silent_cast_is_refused(saved):

@@ -5,12 +5,13 @@ import functools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from full_disk import full_disk
-from toy_stage import ToyBatches, toy_batch, toy_config, toy_stage
+from toy_stage import ToyBatches, toy_batch, toy_config, toy_params, toy_stage
 
 from lwd_jax import config as configs
 from lwd_jax.config import from_json
@@ -18,6 +19,7 @@ from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
 from lwd_jax.train import loop, metrics
 from lwd_jax.train.checkpoint import Checkpoints, read_params
+from lwd_jax.train.feed import Fed
 from lwd_jax.train.loop import run
 from lwd_jax.train.program import build_program
 
@@ -193,6 +195,64 @@ def test_given_parameters_are_the_start(tmp_path):
         previews=lambda step, params: seen.append(jax.tree.map(np.array, params)) or {},
     )  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, given, seen[0])
+
+
+def test_the_seed_draws_the_initial_weights_and_the_noise_of_every_step(tmp_path):
+    found = []
+    for seed in (0, 1):
+
+        def init(key, params):
+            found.append(float(jax.random.normal(key)))
+            return program().init(key, toy_params())  # the same, so that nothing but noise changes the loss
+
+        config = dataclasses.replace(with_training(steps=1), seed=seed)
+        run(program()._replace(init=init), ToyBatches(), config, tmp_path / f"{seed}", MESH, description="{}")
+        found.append(metrics.read(tmp_path / f"{seed}")[0]["loss"])
+    (draw, loss), (other_draw, other_loss) = found[:2], found[2:]
+    assert draw != other_draw and loss != other_loss
+
+
+def test_the_speed_is_of_all_pictures_of_a_batch_and_of_the_seconds_of_training(tmp_path, monkeypatch):
+    """Every step takes a second and waits another for its batch; what previews and saving take is left out."""
+    clock = SimpleNamespace(now=0.0)
+
+    class SlowFeed:
+        waited, replaced = 0.0, 0
+
+        def __init__(self, batches, mesh):
+            self._batches = batches
+
+        def __next__(self):
+            clock.now += 1
+            self.waited += 1
+            return Fed(next(self._batches), self._batches.state(), 0)
+
+        def close(self):
+            pass
+
+    def step(*given):
+        clock.now += 1
+        return program().step(*given)
+
+    def previews(step, params):
+        clock.now += 5 * (step > 0)
+        return {}
+
+    def save(checkpoints, *given):
+        clock.now += 7
+        return saving(checkpoints, *given)
+
+    saving = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", save)
+    for room in (loop, metrics):
+        monkeypatch.setattr(room, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(loop, "Feed", SlowFeed)
+    config = with_training(steps=3, log_every=100, preview_every=1)
+    run(program()._replace(step=step), ToyBatches(), config, tmp_path, MESH, description="{}", previews=previews)
+    found = [
+        (line["step"], line["pictures_per_second"], line["data_wait_share"]) for line in metrics.read(tmp_path)[1:]
+    ]
+    assert found == [(2, 4.0, 0.5), (3, 4.0, 0.5)]
 
 
 def poisoned(index):

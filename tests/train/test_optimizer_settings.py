@@ -36,7 +36,7 @@ def trained(name, params, gradients, **values):
 
 
 def nesterov(m, g, k):
-    """Momentum as it will be in the next step, as far as this gradient says."""
+    """Nesterov's momentum: as it will be in the next step, as far as this gradient says."""
     return B1 * m / (1 - B1 ** (k + 1)) + (1 - B1) * g / (1 - B1**k)
 
 
@@ -97,9 +97,7 @@ def muon(w, gradients):
 
 
 def test_muon_is_of_the_matrix_of_all_inputs_and_adam_of_what_is_none():
-    """A convolution's inputs are those of its whole window; layers of a stack are matrices of their own. With Nesterov's
-    momentum, both of them.
-    """
+    """A convolution's inputs are those of its whole window; layers of a stack are matrices of their own."""
     shapes = {"q/kernel": (6, 9), "conv_in/kernel": (3, 3, 2, 5), "blocks/v/kernel": (2, 7, 4), "q/bias": (9,)}
     params = {path: drawn(*shape, seed=2) for path, shape in shapes.items()}
     gradients = {path: drawn(len(RATES), *shape, seed=3) for path, shape in shapes.items()}

@@ -178,7 +178,11 @@ def test_the_dynamic_shift_is_of_the_picture_tokens_of_the_bucket():
 
     def times(rule):
         run, given = config(2, matching={"shift_rule": rule}), []
-        apply = lambda variables, z_t, t, cond, **_: (given.append(t), z_t)[1]
+
+        def apply(variables, z_t, t, cond, rngs):
+            given.append(t)
+            return z_t
+
         module = SimpleNamespace(config=SD3, apply=apply)
         stage = stage_of(run, opened(2)._replace(module=module), KL, TOKENS, None)
         batch = batch_for(run) | dict.fromkeys(("mean", "std"), np.ones((4, 16, 96, 4), np.float32))
