@@ -179,8 +179,9 @@ def _from_adapters(kind: Kind, path: str, described: dict, ema: bool, other_base
 def _from_workdir(kind: Kind, path: str, ema: bool, other_base: str, build: dict) -> Opened:
     described = read_description(path)
     if described["kind"] != kind.field:
-        if kind is AUTOENCODER:  # a stage-2 run: the autoencoder it was trained with
-            return open_model(kind, read_config(path).models.autoencoder, "", ema=ema, **build)
+        if kind is AUTOENCODER:  # a stage-2 run: the autoencoder it was trained with, and those weights of it
+            models = read_config(path).models
+            return open_model(kind, models.autoencoder, "", ema=models.ema, **build)
         raise UserError(f"{path} is the workdir of an {described['kind']}, but a {kind.field} was expected.")
     if "base" in described:
         return _from_adapters(kind, path, described, ema, other_base, build)

@@ -83,18 +83,20 @@ def test_a_workdir_gives_what_it_trained_and_the_autoencoder_of_stage_1(runs, em
         open_models(first).backbone()
 
 
-def test_a_run_on_plain_latents_decodes_with_the_plain_autoencoder(tmp_path, runs):
-    """So does one that names this run as where its autoencoder is."""
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_on_plain_latents_decodes_with_the_plain_autoencoder(tmp_path, runs, ema):
+    """So does one that names this run as where its autoencoder is, whatever weights it would take of a stage-1 run."""
 
-    def run(name, autoencoder):
+    def run(name, autoencoder, ema=False):
         place = shutil.copytree(runs[1], tmp_path / name)
         config = dataclasses.asdict(read_config(place))
-        config["models"] |= {"autoencoder": str(autoencoder), "autoencoder_variant": "", "ema": False}
+        config["models"] |= {"autoencoder": str(autoencoder), "autoencoder_variant": "", "ema": ema}
         (place / "config.json").write_text(json.dumps(config))
         return place
 
-    second = run("second", run("first", runs[0]))
-    models = open_models(second), open_models(second, autoencoder=str(runs[0]))
+    first = run("first", runs[0])
+    second = run("second", first, ema)
+    models = open_models(second), open_models(second, autoencoder=str(first))
     found = [*(each.autoencoder()[1] for each in models), open_autoencoder(read_config(second)).params()]
     expected = random_params(kl.AUTOENCODER, KL, 10)
     assert all(same(params, expected) for params in found)
