@@ -317,8 +317,8 @@ def run(
             return Outcome(first, 0)
         writer = Writer(workdir, first)
         closing.callback(writer.close)
-        if unseen:
-            writer.write(first, previewer.look(first, state)[0])
+        if unseen and (seen := previewer.look(first, state)[0]):
+            writer.write(first, seen)
         if first >= config.training.steps:
             return Outcome(first, 0)
         if position is not None:
