@@ -153,10 +153,15 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+        return _rms_norm(x, parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype), self.eps)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _rms_norm(x, scale, eps: float):
+    """Its inputs alone are kept for the backward pass, not their float32 copies."""
+    wide = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x, eps: float = 1e-6):
