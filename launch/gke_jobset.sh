@@ -8,9 +8,10 @@ usage: bash launch/gke_jobset.sh --name NAME --image IMAGE --accelerator KIND --
          [options] -- [arguments of lwd train]
 
 Writes a JobSet manifest and hands it to kubectl apply. Every pod of a slice gets the same command; a preempted or
-failed slice restarts all of them, and the run resumes. A mistake in the command (exit code 2) ends it. The run starts
-with the flags of XLA that `lwd plan --flags KIND` prints. Needs kubectl with access to a cluster that has JobSet, and an
-image with lwd_jax[tpu], bash and the folder configs/ in its working folder.
+failed slice restarts all of them, and the run resumes; so does a failure that may pass (exit code 75). A mistake in the
+command (exit code 2) ends it. Pods wait half an hour for each other, which --join_timeout after -- changes. The run
+starts with the flags of XLA that `lwd plan --flags KIND` prints. Needs kubectl with access to a cluster that has JobSet,
+and an image with lwd_jax[tpu], bash and the folder configs/ in its working folder.
 
   --name NAME           of the JobSet
   --image IMAGE         of the pods
@@ -127,7 +128,8 @@ YAML
               command: [bash, -c, $(verbatim "$start"), $(verbatim "$accelerator")]
               args:
 YAML
-  for word in --workdir="$workdir" ${train[@]+"${train[@]}"}; do
+  # Pods come one after the other: nodes are made for them, and each fetches the image. The last of two timeouts counts.
+  for word in --workdir="$workdir" --join_timeout=1800 ${train[@]+"${train[@]}"}; do
     echo "              - $(verbatim "$word")"
   done
   [[ -z "$bucket" ]] || cat <<YAML

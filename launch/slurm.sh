@@ -9,7 +9,8 @@ usage: bash launch/slurm.sh [--nodes N] [--gpus N] [--retries N] [--dry_run] [op
 
 Installs this checkout with the extra [cuda] in its .venv (which all nodes must see) and submits a job with sbatch. Five
 minutes before the job's time limit, and when it is preempted, all processes save at the same step; the job is then put
-back in the queue and resumes. The run starts with the flags of XLA that `lwd plan --flags gpu` prints, and the job's own.
+back in the queue and resumes, as after a failure that may pass (exit code 75). The run starts with the flags of XLA that
+`lwd plan --flags gpu` prints, and the job's own.
 
   --nodes N     (1)
   --gpus N      of each node (8)
@@ -27,6 +28,19 @@ die() {
   exit 2
 }
 
+# srun tells the highest exit code of its tasks, and a process that ends takes the others with it, by an abort (134): the
+# code that says why, 2 or 75, must come out above that.
+task() { # in each task of the job: the words of a command
+  local code=0
+  trap : TERM # is for the command, which gets it too; this waits for its exit code
+  "$@" || code=$?
+  case "$code" in
+    2) exit 202 ;;
+    75) exit 175 ;;
+    *) exit "$code" ;;
+  esac
+}
+
 job() { # in the job: ROOT RETRIES [arguments of lwd train]
   local root="$1" retries="$2" code=0
   shift 2
@@ -35,15 +49,21 @@ job() { # in the job: ROOT RETRIES [arguments of lwd train]
   export XLA_FLAGS
   trap : TERM # is for the tasks, which get it too; this waits for their exit code
   # Tasks that save end one after the other: the first must not have the rest killed.
-  srun --ntasks-per-node=1 --kill-on-bad-exit=0 "$root/.venv/bin/lwd" train "$@" || code=$?
-  if ((code == 143 && ${SLURM_RESTART_COUNT:-0} < retries)); then
+  srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash "$root/launch/slurm.sh" task "$root/.venv/bin/lwd" train "$@" ||
+    code=$?
+  case "$code" in
+    202) code=2 ;;
+    175) code=75 ;;
+  esac
+  if ((code == 143 || code == 75)) && ((${SLURM_RESTART_COUNT:-0} < retries)); then
     exec scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"
 }
 
-if [[ "${1:-}" == job && "${SLURM_JOB_ID:-}" ]]; then
-  job "${@:2}"
+if [[ "${1:-}" =~ ^(job|task)$ && "${SLURM_JOB_ID:-}" ]]; then
+  "$@"
+  exit
 fi
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -8,8 +8,9 @@ usage() {
 usage: bash launch/tpu_run.sh --name NAME --zone ZONE --type TYPE --workdir DIR [options] -- [arguments of lwd train]
 
 Creates or finds a TPU slice, installs this checkout on all its workers, starts `lwd train` on all of them at once and
-shows what worker 0 prints. When the slice was preempted it is made again and the run resumes. Interrupted, it leaves
-the run going; the same command finds it again. Needs gcloud, logged in.
+shows what worker 0 prints. When the slice was preempted it is made again and the run resumes; it is started again after
+a failure that may pass (exit code 75). Interrupted, it leaves the run going; the same command finds it again. Needs
+gcloud, logged in.
 
   --name NAME         of the TPU (and of its queued resource)
   --zone ZONE         such as us-west4-a
@@ -19,7 +20,7 @@ the run going; the same command finds it again. Needs gcloud, logged in.
   --runtime VERSION   image of the workers (by type: v5litepod, v5p, v6e; must be given for others)
   --spot              cheaper, and may be preempted
   --queued            wait in the queue for the slice (a queued resource)
-  --retries N         how many times to make a slice again that was preempted (10)
+  --retries N         how many times to make a slice again that was preempted, or to start the run again (10)
   --bucket BUCKET     mount gs://BUCKET as /mnt/bucket on every worker, with gcsfuse. Make it with a hierarchical
                       namespace: a checkpoint is committed by renaming its folder
   --extras LIST       extras of setup.py to install (tpu); tpu,lpips for stage 1 with LPIPS
@@ -160,6 +161,14 @@ lost() { # whether the slice is going, or goes within six looks: workers die a l
   return 1
 }
 
+# The code that says why the run ended: a process that ends takes the others with it, by other codes. A mistake (2) that
+# one worker alone met before the processes came together has the others wait for it, and end with 75.
+verdict() { # CODE of worker 0
+  local codes
+  codes="$(on_workers all bash lwd_jax/launch/tpu_worker.sh status 2>/dev/null || true)"
+  if grep -qx 2 <<<"$codes"; then echo 2; elif grep -qx 75 <<<"$codes"; then echo 75; else echo "$1"; fi
+}
+
 until_ended() { # shows worker 0; 0: the run ended, `code` says how; 1: the slice was lost
   local found
   while true; do
@@ -169,7 +178,7 @@ until_ended() { # shows worker 0; 0: the run ended, `code` says how; 1: the slic
     case "$found" in
       0 | 2) code="$found" && return 0 ;;
       running) [[ "$(state)" == READY ]] || return 1 ;;
-      *) if lost; then return 1; elif [[ "$found" ]]; then code="$found" && return 0; fi ;;
+      *) if lost; then return 1; elif [[ "$found" ]]; then code="$(verdict "$found")" && return 0; fi ;;
     esac
     sleep "$poll"
   done
@@ -189,14 +198,19 @@ else
   for ((attempt = 0; ; attempt++)); do
     until_ready
     if going || { install && start; }; then
-      if until_ended; then break; fi
+      if until_ended; then
+        ((code == 0)) || stop || true # a worker that still waits for the one that failed
+        ((code == 75 && attempt < retries)) || break
+        echo "tpu_run.sh: the run ended with a failure that may pass; starting it again ($((attempt + 1)) of $retries)"
+        sleep "$poll"
+        continue
+      fi
     elif ! lost; then
       die "the workers could not be set up: see above."
     fi
     ((attempt < retries)) || die "$name was preempted $((attempt + 1)) times; the same command resumes the run."
     echo "tpu_run.sh: $name was preempted; making it again ($((attempt + 1)) of $retries)"
   done
-  ((code == 0)) || stop || true # a worker that still waits for the one that failed
 fi
 if [[ "$fetch" ]]; then copy_back; fi
 if [[ "$delete" ]]; then

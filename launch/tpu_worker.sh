@@ -54,6 +54,15 @@ follow() {
 
 status() { if running; then echo running; else cat "$ended"; fi; }
 
-stop() { if running; then kill -TERM -- "-$(cat "$pid")"; fi; } # the whole session
+stop() { # the whole session: told, and after a minute ended
+  local second
+  running || return 0
+  kill -TERM -- "-$(cat "$pid")"
+  for ((second = 0; second < 60; second++)); do
+    running || return 0
+    sleep 1
+  done
+  kill -KILL -- "-$(cat "$pid")" && echo 137 >"$ended"
+}
 
 "$@"

@@ -1,6 +1,7 @@
-"""The one exception that is the user's to mend, and what raises it everywhere: names and JSON files."""
+"""The one exception that is the user's to mend, what raises it everywhere (names and JSON files), and exit codes."""
 
 import difflib
+import errno
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -8,9 +9,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from etils.epath import Path  # haar, saliency and mask need nothing but jax
 
+MISTAKE = 2
+TEMPORARY = 75  # EX_TEMPFAIL of sysexits.h: launchers run the command again
+
+# Errors of the file system that a wrong path makes, or one that is taken (EAGAIN, of a lock). Of any other the path is
+# innocent, and the next try may not meet it.
+_OF_PATHS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EAGAIN,
+}  # fmt: skip
+
 
 class UserError(ValueError):
     """A mistake in what was given: one clear sentence. Commands print it and exit with 2, without a traceback."""
+
+
+class Transient(UserError):
+    """No mistake: what went wrong may be gone when the same command is run again. Commands exit with 75."""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with, by the error and what it was raised from: TEMPORARY where another try may succeed.
+
+    An OSError without a number is a library's own word for what it was given (a cut picture, a name it does not know).
+    """
+    while error is not None:
+        failed = isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_PATHS
+        if failed or isinstance(error, (Transient, ConnectionError, TimeoutError)):
+            return TEMPORARY
+        error = error.__cause__
+    return MISTAKE
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 
-from lwd_jax.errors import UserError, did_you_mean
+from lwd_jax.errors import MISTAKE, UserError, did_you_mean, exit_code
 
 COMMANDS = {
     "quickstart": "both stages, sampling, export and a report, on real photographs that ship with the dependencies",
@@ -54,7 +54,7 @@ def _sentence(error: OSError) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; the exit status: 0 done, 2 the user's mistake or a file that cannot be read or written.
+    """Runs one command; the exit status: 0 done, 2 the user's mistake, 75 a failure that may pass (a full disk, say).
 
     Raises:
       KeyboardInterrupt: it was interrupted, and has said so.
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of every workdir that is only read
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if argv else 2
+        return 0 if argv else MISTAKE
     if argv[0] == "--version":
         print(f"lwd_jax {importlib.metadata.version('lwd_jax')}")
         return 0
@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args) or 0
     except UserError as mistake:
         print(f"lwd: {mistake}", file=sys.stderr)
-        return 2
+        return exit_code(mistake)
     except OSError as error:
         print(f"lwd: {_sentence(error)}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     except json.JSONDecodeError as error:  # of files that TFDS and Orbax read; our own readers name the file
         print(f"lwd: A file of what was given is not sound JSON (is it cut off?): {error}.", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("lwd: interrupted.", file=sys.stderr)
         raise

@@ -3,7 +3,9 @@
 SIGTERM (a preempted slice) and Ctrl-C save a checkpoint before the command ends, with exit code 128 + the signal's
 number. A run of several processes gets this command on every host, with a workdir that they share; they find each other
 by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, by SLURM, or as the hosts of a TPU slice. A signal to
-one of them saves and stops all at the same step.
+one of them saves and stops all at the same step. Exit code 2 is a mistake, which another try would meet again; 75 a
+failure that may pass: a full disk, a mount that went away, processes that did not all come, a mistake that one process
+alone met. The launchers run the command again then.
 """
 
 import os

@@ -21,7 +21,7 @@ import numpy as np
 from etils.epath import Path
 from jax.experimental import multihost_utils
 
-from lwd_jax.errors import UserError
+from lwd_jax.errors import TEMPORARY, Transient, UserError
 
 MODES = ("auto", "on", "off")
 WAIT = 300  # seconds for all processes to come
@@ -153,10 +153,10 @@ def join(mode: str = "auto", timeout: int = WAIT) -> None:
         them (Open MPI, say); off: never.
       timeout: seconds to wait for all of them.
 
-    Where not all come in time the process ends, with a sentence and exit code 2.
+    Where not all come in time the process ends, with a sentence and exit code 75.
 
     Raises:
-      UserError: `on`, and nobody knows of any others; the variables make no sense; jax says no.
+      UserError: `on`, and nobody knows of any others; the variables make no sense; jax says no (Transient).
     """
     if mode == "off" or jax.distributed.is_initialized():
         return
@@ -178,7 +178,7 @@ def join(mode: str = "auto", timeout: int = WAIT) -> None:
         ) from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160].rstrip(".")
-        raise UserError(f"This process could not join the others of the run: {reason}.") from error
+        raise Transient(f"This process could not join the others of the run: {reason}.") from error
     finally:
         alarm.cancel()
 
@@ -189,7 +189,8 @@ def _give_up(timeout: int) -> None:
 
 def leave(mistake: UserError) -> None:
     """Takes leave of the others where the run fails here. Returns once all have failed (most mistakes are the same for
-    all); where they go on, says the mistake and ends this process, which ends them: jax would wait, and abort.
+    all); where they go on, says the mistake and ends this process, which ends them: jax would wait, and abort. What
+    one process alone meets lies in its host, and may pass: the exit code is 75.
     """
     if not jax.distributed.is_initialized():
         return
@@ -202,7 +203,7 @@ def leave(mistake: UserError) -> None:
 
 def _end(sentence: str) -> None:
     print(f"lwd: {sentence}", file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(TEMPORARY)
 
 
 # ------------------------------------------------------------------------------------------------ agreeing

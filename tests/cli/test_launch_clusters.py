@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,8 @@ with open(fake / name, "a") as file:
 sys.exit(int(os.environ.get(f"{name}_CODE", 0)))
 """
 # `python3 -m venv FOLDER` puts this lwd into it: it notes its words and flags, waits for the other worker as
-# jax.distributed would, and plays the next line of the file `plays`. The flags of a kind are its name.
+# jax.distributed would, and plays the next word of the file `plays`: A/B is an exit code for each worker. The flags of
+# a kind are its name.
 LWD = """
 import json, os, pathlib, sys, time
 if sys.argv[1] == "plan":
@@ -77,7 +80,7 @@ for _ in range(6000):
     if (fake / f"lwd.{other}").exists() and len((fake / f"lwd.{other}").read_text().splitlines()) > turn:
         break
     time.sleep(0.01)
-play = (fake / "plays").read_text().split()[turn]
+play = (fake / "plays").read_text().split()[turn].split("/")[-1 if worker == "worker1" else 0]
 if play == "preempted":
     (fake / "state").write_text("PREEMPTED")
     sys.exit(143)
@@ -177,6 +180,27 @@ def test_a_run_that_fails_on_a_sound_slice_is_not_repeated(fake, code):
     assert verbs(fake) == ["tpu-vm create"] and len(told(fake, "lwd.worker0")) == 1
 
 
+@pytest.mark.parametrize("plays, code, starts", [
+    ("75 134/75 0", 0, 3), ("75/1 75 75", 75, 3), ("75/2 0", 2, 1), ("134/137 0", 134, 1),
+])  # fmt: skip
+def test_a_failure_that_may_pass_has_the_run_started_again(fake, plays, code, starts):
+    """Whichever worker met it: those it took with it end by an abort."""
+    (fake / "plays").write_text(plays)
+    said = launch(fake, "tpu_run.sh", *TPU, "--retries", "2", "--", *HOSTILE, code=code)
+    assert verbs(fake) == ["tpu-vm create"]
+    assert [len(told(fake, f"lwd.worker{i}")) for i in range(2)] == [starts, starts]
+    assert said.count("starting it again") == starts - 1
+
+
+def test_a_worker_that_goes_on_is_stopped(fake, checkout):
+    worker = str(checkout / "launch" / "tpu_worker.sh")
+    going = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    (checkout / "run.pid").write_text(str(going.pid))
+    threading.Thread(target=going.wait, daemon=True).start()
+    launch(fake, worker, "stop")
+    assert going.wait(10) == -signal.SIGTERM
+
+
 def test_a_slice_that_is_there_is_used(fake):
     (fake / "state").write_text("READY")
     for worker in ("worker0", "worker1"):
@@ -260,7 +284,7 @@ def test_a_jobset_carries_every_word(fake):
     (container,) = pod["containers"]
     assert (group["replicas"], job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 4, 4, 0)
     words = [expanded(word) for word in container["args"]]
-    assert words == ["--workdir=/mnt/bucket/it's", *HOSTILE, "\x01\x1b\x7f&"]
+    assert words == ["--workdir=/mnt/bucket/it's", "--join_timeout=1800", *HOSTILE, "\x01\x1b\x7f&"]
     assert in_a_pod(fake, [expanded(word) for word in container["command"]] + words) == ["train", *words]
     assert (fake / "flags.pods").read_text() == "--flags tpu-v5-lite-podslice --mine=1"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
@@ -308,8 +332,14 @@ def test_a_slurm_job_carries_every_word(fake, checkout):
     step = told(fake, "srun")[0]["words"]
     assert step[step.index(f"{checkout}/.venv/bin/lwd") + 1 :] == ["train", *HOSTILE] and "--ntasks-per-node=1" in step
     assert told(fake, "srun")[0]["flags"] == f"--flags gpu {os.environ.get('XLA_FLAGS', '')}"
-    launch(fake, spooled, *job, code=1, SLURM_JOB_ID="7", srun_CODE="1")
-    assert len(told(fake, "scontrol")) == 1
+    for code, requeued in ((1, 0), (2, 0), (75, 1)):
+        (fake / "scontrol").unlink(missing_ok=True)
+        # What a task makes of the code of its command is what srun tells, were it the highest of all tasks.
+        command = ["bash", "-c", f"exit {code}"]
+        task = subprocess.run(["bash", script, "task", *command], env=os.environ | {"SLURM_JOB_ID": "7"}).returncode
+        assert task == 1 if code == 1 else task > 128 + signal.SIGTERM
+        launch(fake, spooled, *job, code=0 if requeued else code, SLURM_JOB_ID="7", srun_CODE=str(task))
+        assert len(told(fake, "scontrol")) == requeued
 
 
 def test_a_dry_slurm_job_is_printed_only(fake):

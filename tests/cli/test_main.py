@@ -11,7 +11,8 @@ from etils.epath.gpath import PosixGPath as Path
 from PIL import Image
 from tiny_models import write_workdir
 
-from lwd_jax.cli import main
+from lwd_jax.cli import inspect, main
+from lwd_jax.errors import Transient, UserError
 from lwd_jax.train.checkpoint import MANIFEST
 
 
@@ -91,6 +92,39 @@ def test_an_output_that_cannot_be_written_is_named(picture, tmp_path, capsys, mo
     ):
         assert main(words) == 2
         assert sentence(capsys) == f"lwd: {tmp_path}: Permission denied.\n"
+
+
+def raised_from(cause):
+    try:
+        raise UserError("It could not be written.") from cause
+    except UserError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 75),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/mnt/bucket"), 75),
+        (TimeoutError("timed out"), 75),
+        (raised_from(OSError(errno.EIO, "Input/output error", "x")), 75),
+        (Transient("Not all came."), 75),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 2),
+        (OSError("image file is truncated"), 2),
+        (raised_from(BlockingIOError(errno.EAGAIN, "taken", "x")), 2),
+        (UserError("It is not there."), 2),
+    ],
+    ids=str,
+)
+def test_what_may_pass_has_another_exit_code_than_a_mistake(picture, error, code, capsys, monkeypatch):
+    """Launchers run a command again that ended with 75, and end with one that ended with 2."""
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(inspect, "run", refuse)
+    assert main(["inspect", str(picture), "--out", "out"]) == code
+    sentence(capsys)
 
 
 def test_a_picture_that_cannot_be_read_is_named(picture, tmp_path, capsys, monkeypatch):

@@ -162,10 +162,36 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_stays_alone_says_so(root, number):
     code = "from lwd_jax.parallel import processes; processes.join(timeout=2)"
-    (said,) = ended(start(root, ["-c", code], 2, only=number), 2)
+    (said,) = ended(start(root, ["-c", code], 2, only=number), 75)
     assert said.strip() == (
         "lwd: Not all processes of this run came within 2 s: start the same command on every host of it at once."
     )
+
+
+ALONE = """
+import sys, jax
+from lwd_jax.cli import main, train
+from lwd_jax.errors import UserError
+from lwd_jax.parallel import processes
+def fail(config, workdir):
+    if jax.process_index() == 1: raise {error}
+    processes.agree("", "")  # waits for the other
+train.train, train.read_config, processes._LEAVE = fail, lambda *_: None, 6
+sys.exit(main(["train", "--config=x", "--workdir=x"]))
+"""
+
+
+def failing_alone(root, error):
+    """(code, what it printed) of both processes, of which one alone meets the error."""
+    started = start(root, ["-c", ALONE.format(error=error)], 2)
+    said = [process.communicate(timeout=300)[0] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+def test_a_mistake_of_one_process_alone_is_temporary(root):
+    (code, _), (other, said) = failing_alone(root, "UserError('The dataset is not there.')")
+    assert code not in (0, 2) and other == 75
+    assert "lwd: The dataset is not there. (The other processes of the run did not meet this" in said
 
 
 @pytest.fixture(scope="module")
