@@ -132,10 +132,17 @@ YAML
   for word in --workdir="$workdir" --join_timeout=1800 ${train[@]+"${train[@]}"}; do
     echo "              - $(verbatim "$word")"
   done
-  [[ -z "$bucket" ]] || cat <<YAML
+  # Workers hand batches over in /dev/shm, and a pod's own has 64 MB: they would die on the first.
+  cat <<YAML
               volumeMounts:
-              - {name: bucket, mountPath: /mnt/bucket}
+              - {name: shm, mountPath: /dev/shm}
+YAML
+  [[ -z "$bucket" ]] || echo '              - {name: bucket, mountPath: /mnt/bucket}'
+  cat <<YAML
             volumes:
+            - {name: shm, emptyDir: {medium: Memory}}
+YAML
+  [[ -z "$bucket" ]] || cat <<YAML
             - name: bucket
               csi:
                 driver: gcsfuse.csi.storage.gke.io

@@ -290,14 +290,22 @@ def test_a_jobset_carries_every_word(fake):
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert container["env"] == [{"name": "JAX_COMPILATION_CACHE_DIR", "value": "/mnt/bucket/it's/compiled"}]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"shm": "/dev/shm", "bucket": "/mnt/bucket"}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes["shm"] == {"name": "shm", "emptyDir": {"medium": "Memory"}}
+    assert volumes["bucket"]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket" and len(volumes) == 2
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
 
 
 def test_a_dry_jobset_is_printed_only(fake):
     yaml = pytest.importorskip("yaml")
     said = launch(fake, "gke_jobset.sh", *JOBSET, "--workdir", "w", "--dry_run", "--", *HOSTILE)
-    assert yaml.safe_load(said)["metadata"]["name"] == "a" and not told(fake, "kubectl")
+    found = yaml.safe_load(said)
+    assert found["metadata"]["name"] == "a" and not told(fake, "kubectl")
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
     said = launch(fake, "gke_jobset.sh", *JOBSET, "--workdir", "w", "--chips", "3", code=2)
     assert "do not divide into pods of 3" in said
 
