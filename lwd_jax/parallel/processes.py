@@ -6,9 +6,11 @@ JAX_PROCESS_ID (any machines), a SLURM step of several tasks, or a TPU slice of 
 
 import glob
 import hashlib
+import http.client
 import importlib.util
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -26,7 +28,8 @@ from lwd_jax.errors import TEMPORARY, Transient, UserError
 MODES = ("auto", "on", "off")
 WAIT = 300  # seconds for all processes to come
 _LEAVE = 60  # seconds that a process waits at its end for the others; jax's own 300 would hold back every mistake
-_METADATA_WAIT = 2  # seconds for the metadata server of a cloud machine, which is next door or not there
+_METADATA_WAIT = 30  # seconds for the metadata server, which may be slow or busy when a slice starts
+_METADATA_TRY = 5  # seconds of them for one answer
 _SEEN_WAIT = 60  # seconds until what one host wrote must be seen by all; network file systems cache folders
 _NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -85,16 +88,40 @@ def _slurm(environ: Mapping[str, str]) -> dict | None:
 
 
 def _metadata(name: str, environ: Mapping[str, str]) -> str:
-    """An attribute of this Google Cloud machine; "" where there is none, or no such machine."""
+    """An attribute of this Google Cloud machine; "" where there is none, or no such machine.
+
+    Asked only where there are TPU chips. No answer is not taken for "there is none": a host that believes itself alone
+    would train on its own, and the others would wait for it.
+
+    Raises:
+      Transient: no answer in time, or only errors.
+    """
     server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's metadata
-    try:
-        with direct.open(request, timeout=_METADATA_WAIT) as answer:
-            return answer.read().decode()
-    except (urllib.error.URLError, OSError):
-        return ""
+    end = time.monotonic() + _METADATA_WAIT
+    while True:
+        try:
+            with direct.open(request, timeout=_METADATA_TRY) as answer:
+                return answer.read().decode()
+        except (OSError, http.client.HTTPException) as error:
+            if _not_there(error):
+                return ""
+            if time.monotonic() > end:
+                raise Transient(
+                    f"The metadata server of this TPU host did not say which hosts its slice has: {error}. Start the "
+                    "run again; with --distributed=off where the host trains alone or is no machine of Google Cloud."
+                ) from error
+        time.sleep(1)
+
+
+def _not_there(error: Exception) -> bool:
+    """Whether an error says that there is no such attribute, or no metadata server: its name does not resolve."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code == 404
+    reason = getattr(error, "reason", None)
+    return isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN  # the resolver itself was not there
 
 
 def _has_chips(environ: Mapping[str, str]) -> bool:
@@ -134,6 +161,7 @@ def described(
 
     Raises:
       UserError: some of the JAX_ variables are missing or make no sense.
+      Transient: a TPU host whose metadata server does not answer.
     """
     named = _named(environ)
     if named is not None:

@@ -4,12 +4,14 @@ Parameters are compared to 1e-5 and not bit for bit: gloo adds the parts of a gr
 process does.
 """
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from lwd_jax.cli import main
 from lwd_jax.config import load_config
 from lwd_jax.data import dataset
 from lwd_jax.data.dataset import find_pictures, write_dataset
-from lwd_jax.errors import UserError
+from lwd_jax.errors import Transient, UserError
 from lwd_jax.files import locked
 from lwd_jax.parallel import processes
 from lwd_jax.train import metrics
@@ -104,6 +106,68 @@ def test_hosts_of_a_tpu_slice_are_processes():
 def test_variables_that_make_no_sense_are_mistakes(changed, words):
     with pytest.raises(UserError, match=words):
         described(NAMED | changed)
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """A server of metadata that plays `answers`, each a code or seconds of waiting; the last goes on."""
+    answers = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            code = answers.pop(0) if len(answers) > 1 else answers[0]
+            if isinstance(code, float):
+                time.sleep(code)
+                code = 200
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(b"a:b:10.0.0.1,a:c:10.0.0.2" if "endpoints" in self.path else b"")
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_):  # of a connection whose other end did not wait
+            pass
+
+    server = Server(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(processes, "_METADATA_WAIT", 2)
+    monkeypatch.setattr(processes, "_METADATA_TRY", 0.5)
+
+    def described(*given):
+        answers[:] = given
+        address = f"127.0.0.1:{server.server_port}"
+        return processes.described({"GCE_METADATA_IP": address}, has_chips=lambda _: True)
+
+    yield described
+    server.shutdown()
+
+
+@pytest.mark.parametrize("answers", [(200,), (503, 200), (1.0, 200), (0.2,)])
+def test_a_tpu_host_waits_for_slow_and_failing_metadata(metadata, answers):
+    assert metadata(*answers) == {}
+
+
+def unresolved(monkeypatch, number):
+    def refuse(*_, **__):
+        raise socket.gaierror(number, "the name does not resolve")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return processes.described({}, has_chips=lambda _: True)
+
+
+def test_a_tpu_host_without_such_metadata_is_alone(metadata, monkeypatch):
+    assert metadata(404) is None
+    assert unresolved(monkeypatch, socket.EAI_NONAME) is None
+    with pytest.raises(Transient):  # nobody answered what the name is
+        unresolved(monkeypatch, socket.EAI_AGAIN)
+
+
+@pytest.mark.parametrize("answer", [503, 403, 30.0])
+def test_a_tpu_host_whose_metadata_fails_does_not_believe_itself_alone(metadata, answer):
+    with pytest.raises(Transient, match="did not say which hosts its slice has: "):
+        metadata(answer)
 
 
 # ------------------------------------------------------------------------------------------------- several processes
