@@ -28,6 +28,22 @@ class Transient(UserError):
     """No mistake: what went wrong may be gone when the same command is run again. Commands exit with 75."""
 
 
+# What commands tell in one sentence, without a traceback. JSON: of files that TFDS and Orbax read; our own readers
+# name the file.
+TOLD = (UserError, OSError, json.JSONDecodeError)
+
+
+def sentence(error: Exception) -> str:
+    """What an error of TOLD says; one of the file system with the file."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"A file of what was given is not sound JSON (is it cut off?): {error}."
+    if not isinstance(error, OSError):
+        return str(error)
+    reason = error.strerror or str(error) or type(error).__name__
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{files}: {reason}." if files else f"{reason}."
+
+
 def exit_code(error: BaseException) -> int:
     """What a command ends with, by the error and what it was raised from: TEMPORARY where another try may succeed.
 

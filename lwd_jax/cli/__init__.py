@@ -5,11 +5,10 @@
 import argparse
 import importlib
 import importlib.metadata
-import json
 import logging
 import sys
 
-from lwd_jax.errors import MISTAKE, UserError, did_you_mean, exit_code
+from lwd_jax.errors import MISTAKE, TOLD, UserError, did_you_mean, exit_code, sentence
 
 COMMANDS = {
     "quickstart": "both stages, sampling, export and a report, on real photographs that ship with the dependencies",
@@ -46,13 +45,6 @@ def _usage() -> str:
     return f"usage: lwd COMMAND ...\n\n{rows}\n\n{about}"
 
 
-def _sentence(error: OSError) -> str:
-    """What an error of the file system says, with the file."""
-    reason = error.strerror or str(error) or type(error).__name__
-    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    return f"{files}: {reason}." if files else f"{reason}."
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the exit status: 0 done, 2 the user's mistake, 75 a failure that may pass (a full disk, say).
 
@@ -77,15 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"lwd {argv[0]} does not know {' '.join(unknown or overrides)}; see lwd {argv[0]} --help.")
         args.overrides = overrides
         return args.run(args) or 0
-    except UserError as mistake:
-        print(f"lwd: {mistake}", file=sys.stderr)
-        return exit_code(mistake)
-    except OSError as error:
-        print(f"lwd: {_sentence(error)}", file=sys.stderr)
+    except TOLD as error:
+        print(f"lwd: {sentence(error)}", file=sys.stderr)
         return exit_code(error)
-    except json.JSONDecodeError as error:  # of files that TFDS and Orbax read; our own readers name the file
-        print(f"lwd: A file of what was given is not sound JSON (is it cut off?): {error}.", file=sys.stderr)
-        return MISTAKE
     except KeyboardInterrupt:
         print("lwd: interrupted.", file=sys.stderr)
         raise

@@ -94,8 +94,8 @@ def run(args) -> int:
     processes.join(args.distributed, args.join_timeout)
     try:
         outcome = train(config, args.workdir)
-    except UserError as mistake:
-        processes.leave(mistake)
+    except Exception as error:
+        processes.leave(error)
         raise
     if outcome.signal and outcome.step < config.training.steps:
         name = signal.Signals(outcome.signal).name

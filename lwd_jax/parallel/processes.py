@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ import numpy as np
 from etils.epath import Path
 from jax.experimental import multihost_utils
 
-from lwd_jax.errors import TEMPORARY, Transient, UserError
+from lwd_jax.errors import TEMPORARY, TOLD, Transient, UserError, sentence
 
 MODES = ("auto", "on", "off")
 WAIT = 300  # seconds for all processes to come
@@ -215,23 +216,37 @@ def _give_up(timeout: int) -> None:
     _end(f"Not all processes of this run came within {timeout} s: start the same command on every host of it at once.")
 
 
-def leave(mistake: UserError) -> None:
+def leave(error: Exception) -> None:
     """Takes leave of the others where the run fails here. Returns once all have failed (most mistakes are the same for
-    all); where they go on, says the mistake and ends this process, which ends them: jax would wait, and abort. What
-    one process alone meets lies in its host, and may pass: the exit code is 75.
+    all); where they go on, says the error and ends this process, which ends them: jax would wait, and abort. What
+    one process alone meets lies in its host, and may pass: the exit code is 75. Of an error that is no sentence (see
+    TOLD) it is 1, after the traceback.
+
+    Raises:
+      SystemExit: all have failed, and the traceback of the error has been printed.
     """
     if not jax.distributed.is_initialized():
         return
+    told = isinstance(error, TOLD)
+    if not told:  # now: whoever ends first takes the others with it
+        traceback.print_exception(error)
+        sys.stderr.flush()
     leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     leaving.start()
     leaving.join(_LEAVE / 3)
     if leaving.is_alive():
-        _end(f"{mistake} (The other processes of the run did not meet this mistake; they end with this one.)")
+        if told:
+            _end(
+                f"{sentence(error)} (The other processes of the run did not meet this mistake; they end with this one.)"
+            )
+        _end(f"This process failed by a {type(error).__name__}, see above; the others of the run end with it.", 1)
+    if not told:
+        raise SystemExit(1)
 
 
-def _end(sentence: str) -> None:
-    print(f"lwd: {sentence}", file=sys.stderr, flush=True)
-    os._exit(TEMPORARY)
+def _end(what: str, code: int = TEMPORARY) -> None:
+    print(f"lwd: {what}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ agreeing

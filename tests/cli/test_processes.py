@@ -232,30 +232,50 @@ def test_a_process_that_stays_alone_says_so(root, number):
     )
 
 
-ALONE = """
+FAILING = """
 import sys, jax
 from lwd_jax.cli import main, train
 from lwd_jax.errors import UserError
 from lwd_jax.parallel import processes
 def fail(config, workdir):
-    if jax.process_index() == 1: raise {error}
+    if jax.process_index() == 1 or {both}: raise {error}
     processes.agree("", "")  # waits for the other
 train.train, train.read_config, processes._LEAVE = fail, lambda *_: None, 6
 sys.exit(main(["train", "--config=x", "--workdir=x"]))
 """
 
 
-def failing_alone(root, error):
-    """(code, what it printed) of both processes, of which one alone meets the error."""
-    started = start(root, ["-c", ALONE.format(error=error)], 2)
+def failing(root, error, both=False):
+    """(code, what it printed) of two processes, of which one alone meets the error, or both."""
+    started = start(root, ["-c", FAILING.format(error=error, both=both)], 2)
     said = [process.communicate(timeout=300)[0] for process in started]
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
 def test_a_mistake_of_one_process_alone_is_temporary(root):
-    (code, _), (other, said) = failing_alone(root, "UserError('The dataset is not there.')")
+    (code, _), (other, said) = failing(root, "UserError('The dataset is not there.')")
     assert code not in (0, 2) and other == 75
     assert "lwd: The dataset is not there. (The other processes of the run did not meet this" in said
+
+
+def test_an_error_of_the_disk_of_one_process_is_its_last_word(root):
+    (code, _), (other, said) = failing(root, "OSError(5, 'Input/output error', '/mnt/bucket/x')")
+    assert code not in (0, 2) and other == 75
+    assert said.splitlines()[-1].startswith("lwd: /mnt/bucket/x: Input/output error. (The other processes"), said
+
+
+def test_a_defect_met_by_one_process_is_its_last_word(root):
+    (code, _), (other, said) = failing(root, "RuntimeError('boom')")
+    assert code not in (0, 2) and other == 1
+    assert said.count("RuntimeError: boom") == 1 and "Check failure" not in said
+    assert said.splitlines()[-1].startswith("lwd: This process failed by a RuntimeError, see above"), said
+
+
+@pytest.mark.parametrize("error, code", [("OSError(5, 'Input/output error', 'x')", 75), ("RuntimeError('boom')", 1)])
+def test_an_error_met_by_all_processes_ends_each_at_once(root, error, code):
+    for found, said in failing(root, error, both=True):
+        assert found == code and "did not meet" not in said and "Check failure" not in said, said
+        assert said.count("boom" if code == 1 else "lwd: x: Input/output error.") == 1
 
 
 @pytest.fixture(scope="module")
