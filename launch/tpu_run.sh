@@ -161,12 +161,17 @@ lost() { # whether the slice is going, or goes within six looks: workers die a l
   return 1
 }
 
-# The code that says why the run ended: a process that ends takes the others with it, by other codes. A mistake (2) that
-# one worker alone met before the processes came together has the others wait for it, and end with 75.
-verdict() { # CODE of worker 0
+# Sets `code`, that says why the run ended: a process that ends takes the others with it, by other codes. A mistake (2)
+# that one worker alone met before the processes came together has the others wait for it, and end with 75. Worker 0 has
+# been shown: where it ended by what is not its own to tell, or the others otherwise, shows what each said last.
+judge() { # CODE of worker 0
   local codes
-  codes="$(on_workers all bash lwd_jax/launch/tpu_worker.sh status 2>/dev/null || true)"
-  if grep -qx 2 <<<"$codes"; then echo 2; elif grep -qx 75 <<<"$codes"; then echo 75; else echo "$1"; fi
+  codes="$(on_workers all bash lwd_jax/launch/tpu_worker.sh status 2>/dev/null | grep -xE '[0-9]+' | sort -u || true)"
+  if grep -qx 2 <<<"$codes"; then code=2; elif grep -qx 75 <<<"$codes"; then code=75; else code="$1"; fi
+  if [[ "$codes" != "$1" || ! "$1" =~ ^(75|143)$ ]]; then
+    echo "tpu_run.sh: worker 0 ended with exit code $1. What every worker said last:"
+    on_workers all bash lwd_jax/launch/tpu_worker.sh last 2>/dev/null || true
+  fi
 }
 
 until_ended() { # shows worker 0; 0: the run ended, `code` says how; 1: the slice was lost
@@ -178,7 +183,7 @@ until_ended() { # shows worker 0; 0: the run ended, `code` says how; 1: the slic
     case "$found" in
       0 | 2) code="$found" && return 0 ;;
       running) [[ "$(state)" == READY ]] || return 1 ;;
-      *) if lost; then return 1; elif [[ "$found" ]]; then code="$(verdict "$found")" && return 0; fi ;;
+      *) if lost; then return 1; elif [[ "$found" ]]; then judge "$found" && return 0; fi ;;
     esac
     sleep "$poll"
   done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What tpu_run.sh does on a worker of a TPU slice, in the copy of the checkout that it brought:
-#   setup EXTRAS [BUCKET] | start TYPE WORKDIR [arguments of lwd train] | follow | status | stop
+#   setup EXTRAS [BUCKET] | start TYPE WORKDIR [arguments of lwd train] | follow | last | status | stop
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -50,6 +50,10 @@ train() {
 follow() {
   while running; do sleep 0.2; done >/dev/null 2>&1 &
   tail -n +1 -F --sleep-interval=0.2 --pid=$! "$log" 2>/dev/null
+}
+
+last() { # what the log ends with, each line with the worker's name, without the addresses that an abort prints
+  grep -vE '^ *@ +0x' "$log" | tail -n 40 | sed "s/^/$(hostname): /"
 }
 
 status() { if running; then echo running; else cat "$ended"; fi; }

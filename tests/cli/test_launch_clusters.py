@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -74,7 +75,7 @@ log = fake / f"lwd.{worker}"
 turn = len(log.read_text().splitlines()) if log.exists() else 0
 with open(log, "a") as file:
     file.write(json.dumps([os.environ["JAX_COMPILATION_CACHE_DIR"], *sys.argv[1:]]) + "\\n")
-print(f"{worker} turn {turn}", flush=True)
+print(f"{worker} turn {turn}\\n    @     0x7f96cee709  absl::PThread::ThreadFn()", flush=True)
 other = {"worker0": "worker1", "worker1": "worker0"}.get(worker, worker)  # a pod starts alone
 for _ in range(6000):
     if (fake / f"lwd.{other}").exists() and len((fake / f"lwd.{other}").read_text().splitlines()) > turn:
@@ -180,6 +181,17 @@ def test_a_run_that_fails_on_a_sound_slice_is_not_repeated(fake, code):
     assert verbs(fake) == ["tpu-vm create"] and len(told(fake, "lwd.worker0")) == 1
 
 
+@pytest.mark.parametrize(
+    "plays, code, shown",
+    [("134/1", 134, True), ("1/1", 1, True), ("0/75", 0, False), ("2/1", 2, False), ("143/143", 143, False)],
+)
+def test_the_last_words_of_every_worker_are_shown_where_one_failed(fake, plays, code, shown):
+    (fake / "plays").write_text(plays)
+    said = launch(fake, "tpu_run.sh", *TPU, "--", *HOSTILE, code=code)
+    host = socket.gethostname()
+    assert (f"{host}: worker1 turn 0\n" in said) == shown and f"{host}:     @" not in said
+
+
 @pytest.mark.parametrize("plays, code, starts", [
     ("75 134/75 0", 0, 3), ("75/1 75 75", 75, 3), ("75/2 0", 2, 1), ("134/137 0", 134, 1),
 ])  # fmt: skip
@@ -190,6 +202,7 @@ def test_a_failure_that_may_pass_has_the_run_started_again(fake, plays, code, st
     assert verbs(fake) == ["tpu-vm create"]
     assert [len(told(fake, f"lwd.worker{i}")) for i in range(2)] == [starts, starts]
     assert said.count("starting it again") == starts - 1
+    assert ": worker1 turn" in said  # why: worker 0 is not the one that knows
 
 
 def test_a_worker_that_goes_on_is_stopped(fake, checkout):
