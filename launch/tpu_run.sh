@@ -98,17 +98,28 @@ remove() {
   fi
 }
 
+describe() { # KIND FIELD: of the slice; nothing: gcloud says that there is none; UNKNOWN: it says nothing, five times
+  local look errors="$scratch/describe"
+  for look in 1 2 3 4 5; do
+    if run gcloud compute tpus "$1" describe "$name" "${where[@]}" --format="value($2)" 2>"$errors"; then
+      return
+    elif grep -qE 'NOT_FOUND|was not found' "$errors"; then
+      return
+    fi
+    ((look == 5)) || sleep "$poll"
+  done
+  cat "$errors" >&2
+  echo UNKNOWN
+}
+
 state() { # of the slice, or of its place in the queue; nothing: there is none
   local found=ACTIVE
-  if [[ "$queued" ]]; then
-    found="$(run gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' \
-      2>/dev/null || true)"
-  fi
-  if [[ "$found" == ACTIVE ]]; then
-    found="$(run gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null || true)"
-  fi
+  [[ -z "$queued" ]] || found="$(describe queued-resources state.state)"
+  [[ "$found" != ACTIVE ]] || found="$(describe tpu-vm state)"
   echo "$found"
 }
+
+going_on() { [[ "$(state)" =~ ^(READY|UNKNOWN)$ ]]; } # nobody says that the slice is lost
 
 install() {
   local archive="$scratch/lwd_jax.tar.gz"
@@ -137,15 +148,18 @@ copy_back() {
 
 # ----------------------------------------------------------------------------------------------------------- the run
 
+made() { [[ "$(state)" ]]; } # though gcloud failed: it was there already, or the answer alone was lost
+
 until_ready() { # makes the slice if there is none, and waits for it
   while true; do
     local now
     now="$(state)"
     case "$now" in
       READY) return ;;
-      '') create || ((attempt > 0 && attempt++ < retries)) || die "gcloud could not make $name." ;;
+      '') create || made || ((attempt > 0 && attempt++ < retries)) || die "gcloud could not make $name." ;;
       PREEMPTED | SUSPENDED | TERMINATED | FAILED) remove ;;
       STOPPED | HIDDEN) die "$name is $now: start or delete it." ;;
+      UNKNOWN) die "gcloud does not say whether $name is there: see above. The same command finds the run again." ;;
       *) echo "tpu_run.sh: $name is $now" ;;
     esac
     sleep "$poll"
@@ -155,7 +169,7 @@ until_ready() { # makes the slice if there is none, and waits for it
 lost() { # whether the slice is going, or goes within six looks: workers die a little before the state says why
   local look
   for look in 1 2 3 4 5 6; do
-    [[ "$(state)" == READY ]] || return 0
+    going_on || return 0
     ((look == 6)) || sleep "$poll"
   done
   return 1
@@ -182,7 +196,7 @@ until_ended() { # shows worker 0; 0: the run ended, `code` says how; 1: the slic
     found="${found##*$'\n'}"
     case "$found" in
       0 | 2) code="$found" && return 0 ;;
-      running) [[ "$(state)" == READY ]] || return 1 ;;
+      running) going_on || return 1 ;;
       *) if lost; then return 1; elif [[ "$found" ]]; then judge "$found" && return 0; fi ;;
     esac
     sleep "$poll"

@@ -33,9 +33,16 @@ state, kind, verb = fake / "state", words[2], words[3]
 value = {w.partition("=")[0]: w.partition("=")[2] for w in words if w.startswith("--")}
 workers = [fake / f"worker{i}" for i in range(2)]
 chosen = workers if value.get("--worker") == "all" else workers[:1]
+failing = fake / f"failing.{verb}"  # how many of the next calls fail
+if failing.exists() and (left := int(failing.read_text())):
+    failing.write_text(str(left - 1))
+    sys.exit(f"ERROR: (gcloud.compute.tpus.{kind}.{verb}) UNAVAILABLE: The service is currently unavailable.")
 if verb == "create":
+    if state.exists():
+        sys.exit("ERROR: ALREADY_EXISTS")
     state.write_text("READY")
     [worker.mkdir() for worker in workers]
+    sys.exit((fake / "answers.lost").exists() and "ERROR: DEADLINE_EXCEEDED")
 elif verb == "delete":
     state.unlink()
     for worker in workers:  # what runs there ends with it
@@ -44,7 +51,7 @@ elif verb == "delete":
         shutil.rmtree(worker)
 elif verb == "describe":
     if not state.exists():
-        sys.exit(1)
+        sys.exit(f"ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource 'a' was not found")
     found = state.read_text()
     print({"READY": "ACTIVE", "PREEMPTED": "SUSPENDED"}[found] if kind == "queued-resources" else found)
 elif state.read_text() != "READY":
@@ -218,8 +225,28 @@ def test_a_slice_that_is_there_is_used(fake):
     (fake / "state").write_text("READY")
     for worker in ("worker0", "worker1"):
         (fake / worker).mkdir()
+    (fake / "failing.describe").write_text("3")  # which does not say that it is not there
     launch(fake, "tpu_run.sh", *TPU, "--delete", "--", *HOSTILE)
     assert verbs(fake) == ["tpu-vm delete"] and len(told(fake, "lwd.worker1")) == 1
+
+
+@pytest.mark.parametrize("queued", [(), ("--queued",)])
+def test_a_slice_that_nobody_tells_of_is_not_made(fake, queued):
+    (fake / "failing.describe").write_text("99")
+    said = launch(fake, "tpu_run.sh", *TPU, *queued, "--", *HOSTILE, code=2)
+    assert verbs(fake) == [] and "UNAVAILABLE" in said and "does not say whether a is there" in said.splitlines()[-1]
+
+
+def test_a_slice_that_is_there_after_create_failed_is_used(fake):
+    (fake / "answers.lost").touch()
+    said = launch(fake, "tpu_run.sh", *TPU, "--", *HOSTILE)
+    assert "DEADLINE_EXCEEDED" in said and len(told(fake, "lwd.worker1")) == 1
+
+
+def test_a_slice_that_cannot_be_made_ends_the_launch(fake):
+    (fake / "failing.create").write_text("1")
+    said = launch(fake, "tpu_run.sh", *TPU, "--", *HOSTILE, code=2)
+    assert said.splitlines()[-1] == "tpu_run.sh: gcloud could not make a." and verbs(fake) == ["tpu-vm create"]
 
 
 def test_a_run_has_ended_when_it_says_so(fake, checkout):
