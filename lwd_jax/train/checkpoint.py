@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from lwd_jax import config as configs
 from lwd_jax.adapters.factors import saved as saved_params
-from lwd_jax.errors import UserError, read_json
+from lwd_jax.errors import Transient, UserError, read_json
 from lwd_jax.files import absolute, checksums, files_in, in_bucket, locate, write_whole
 from lwd_jax.parallel.processes import verdict
 from lwd_jax.parallel.rules import path_string
@@ -234,15 +234,15 @@ class Checkpoints:
             raise self._unwritten(error) from error
         self._unsealed = step
 
-    def _unwritten(self, error: Exception) -> UserError:
+    def _unwritten(self, error: Exception) -> Transient:
         self._failed = True
-        return UserError(f"The checkpoint of step {self._started} could not be written to {self.folder}: {error}.")
+        return Transient(f"The checkpoint of step {self._started} could not be written to {self.folder}: {error}.")
 
     def seal(self, wait: bool = False) -> None:
         """Writes the manifest of a committed save, in a thread; called once a step. `wait`: until it is written.
 
         Raises:
-          UserError: waited, and the save failed.
+          Transient: waited, and the save failed.
         """
         if wait:
             try:
@@ -262,11 +262,11 @@ class Checkpoints:
         """Waits for the last save and looks whether it is there.
 
         Raises:
-          UserError: it is not (the disk is full, say; Orbax does not always raise).
+          Transient: it is not (the disk is full, say; Orbax does not always raise).
         """
         self.seal(wait=True)
         if self._manager.latest_step() != step or not (self.folder / str(step)).is_dir():
-            raise UserError(f"The checkpoint of step {step} is not in {self.folder}; is the disk full?")
+            raise Transient(f"The checkpoint of step {step} is not in {self.folder}; is the disk full?")
 
     def close(self) -> None:
         """Waits for what is being written and ends the background threads. A failure is told once."""

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from compiling import QUICKLY
+from full_disk import full_disk
 from PIL import Image
 from tiny_models import SMALL_KL, autoencoder
 
@@ -27,7 +28,7 @@ from lwd_jax.cli import main
 from lwd_jax.config import load_config
 from lwd_jax.data import dataset
 from lwd_jax.data.dataset import find_pictures, write_dataset
-from lwd_jax.errors import Transient, UserError
+from lwd_jax.errors import Transient, UserError, exit_code
 from lwd_jax.files import locked
 from lwd_jax.parallel import processes
 from lwd_jax.train import metrics
@@ -276,6 +277,12 @@ def test_an_error_met_by_all_processes_ends_each_at_once(root, error, code):
     for found, said in failing(root, error, both=True):
         assert found == code and "did not meet" not in said and "Check failure" not in said, said
         assert said.count("boom" if code == 1 else "lwd: x: Input/output error.") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_temporary(tmp_path):
+    with full_disk(9_000), pytest.raises(UserError, match="could not be written to") as caught:
+        toy_run(tmp_path, 2, devices=jax.devices()[:1])
+    assert exit_code(caught.value) == 75
 
 
 @pytest.fixture(scope="module")
