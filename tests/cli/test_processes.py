@@ -389,7 +389,7 @@ def test_processes_that_do_not_share_a_workdir_are_told(root, tmp_path):
         "    try: check()\n"
         "    except ValueError as mistake: print('mistake:', mistake)\n"
         "p.check_shared(mine.parent); p.agree('same', 'not the same')\n"
-        "p.leave(ValueError('met by all')); print('left')"
+        "p.leave(p.UserError('met by all')); print('left')"
     )
     for said in ended(start(root, ["-c", code, tmp_path], 2)):
         found = [line for line in said.splitlines() if line.startswith("mistake:")]
