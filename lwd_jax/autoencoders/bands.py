@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from lwd_jax.nn.layers import parameter, plus_bias, precision_of
+from lwd_jax.nn.platform import platform
 from lwd_jax.nn.sharding import axis_size, batch_axes
 from lwd_jax.shapes import Array
 
@@ -281,8 +282,21 @@ def convolve(
         every, each = PartitionSpec(), PartitionSpec(pictures or None)
         layout = PartitionSpec(pictures or None, rows or None)
         specs, axes = (layout, every, every, each, layout), {*pictures, *rows}
-        own = jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
+        own = jax.shard_map(_widened(own), in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
+        if platform() == "cpu":
+            kernel = kernel.astype(jnp.float32)
     return settled(own(x, kernel, bias, activate, plus))
+
+
+def _widened(own: Callable) -> Callable:
+    """`own` of a kernel that comes in float32 on a CPU, whose compiler ends the process over the sum of its gradient in
+    bfloat16 over the devices.
+    """
+
+    def narrowed(x, kernel, *given):
+        return own(x, kernel.astype(x.dtype), *given)
+
+    return narrowed
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:

@@ -63,6 +63,24 @@ def test_a_convolution_over_devices(axes, limits, stride, padding, size, height)
         assert relative(ours, theirs) < 1e-6
 
 
+@pytest.mark.parametrize("axes", [(1, 2, 1, 1), (1, 1, 2, 1)], ids=["fsdp", "context"])
+def test_a_convolution_in_bfloat16_trains_on_a_mesh_of_cpus(axes):
+    """XLA ended the process over the sum of the kernel's gradient; here it is summed in float32."""
+    mesh, rng = make_mesh(configs.Mesh(*axes), jax.devices()[:2]), np.random.default_rng(0)
+    shapes = {"x": (2, 16, 8, 4), "kernel": (3, 3, 4, 4)}
+    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes.values())
+
+    def loss(kernel, x):
+        y = convolve(Step(1, ((1, 1), (1, 1))), x, kernel, jnp.zeros(4, x.dtype))
+        return jnp.square(y.astype(jnp.float32)).mean()
+
+    wanted = jax.jit(jax.grad(loss))(kernel.astype(jnp.float32), x.astype(jnp.float32))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+    placed = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())), jax.device_put(x, rows)
+    found = jax.jit(over(mesh, jax.grad(loss)))(*placed)
+    assert found.dtype == kernel.dtype and relative(found.astype(jnp.float32), wanted) < 2**-7
+
+
 @pytest.mark.parametrize("axes", [(1, 2, 4, 1), (1, 1, 8, 1)], ids=str)
 @pytest.mark.parametrize("height", [12, 20, 44])
 def test_a_convolution_of_pooled_rows_that_do_not_divide(axes, height):
