@@ -1,9 +1,9 @@
 """Compiles every program of a run for a TPU slice or GPUs, on any machine, and tells whether it fits and how fast it
 can be.
 
-Nothing runs and no weight is read. `pip install libtpu` brings the TPU compiler, the extra [cuda] that for GPUs; without
-them the memory of the state is evaluated by shape, and the table says what is missing. A slice is KIND:SHAPE in chips:
-v5e:4x4, v5p:2x2x4, v6e:16x16, tpu7x:2x2x1; GPUs are counted, h200:8; cpu:8 stands for devices of this machine.
+Nothing runs and no weight is read. `pip install libtpu` brings the TPU compiler, the extra [cuda] that for GPUs;
+without them the memory of the state is evaluated by shape, and the table says what is missing. A slice is KIND:SHAPE in
+chips: v5e:4x4, v5p:2x2x4, v6e:16x16, tpu7x:2x2x1; GPUs are counted, h200:8; cpu:8 stands for devices of this machine.
 """
 
 import argparse
