@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from lwd_jax.nn.layers import parameter, plus_bias, precision_of
+from lwd_jax.nn.layers import accumulated, parameter, plus_bias, precision_of
 from lwd_jax.nn.platform import platform
 from lwd_jax.nn.sharding import axis_size, batch_axes
 from lwd_jax.shapes import Array
@@ -129,25 +129,6 @@ def _product(step: Step, x: Array, kernel: Array, dtype=None) -> Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _accumulated(step: Step, x: Array, kernel: Array) -> Array:
-    """`_product` of bfloat16 operands in float32: its sums as they are, not rounded again."""
-    return _product(step, x, kernel, jnp.float32)
-
-
-def _accumulated_forward(step: Step, x: Array, kernel: Array):
-    return _accumulated(step, x, kernel), (x, kernel)
-
-
-def _accumulated_backward(step: Step, operands: tuple[Array, Array], gradient: Array):
-    # JAX does not transpose a convolution whose result is wider than its operands: the gradient would meet an operand
-    # of another dtype. It is rounded to theirs, as it is on its way into every other convolution.
-    return jax.vjp(functools.partial(_product, step), *operands)[1](gradient.astype(operands[0].dtype))
-
-
-_accumulated.defvjp(_accumulated_forward, _accumulated_backward)
-
-
 Halo = tuple[Array, Array]
 
 
@@ -172,8 +153,10 @@ def _convolve_whole(
     x, (vertical, horizontal) = _activated(activate, x), step.padding
     if halo is not None:
         x, vertical = jnp.concatenate([halo[0], x, halo[1]], axis=1), (0, 0)
-    product = _product if bias.dtype == x.dtype else _accumulated
-    y = plus_bias(product(Step(step.stride, (vertical, horizontal)), x, kernel), bias)
+    product = functools.partial(_product, Step(step.stride, (vertical, horizontal)))
+    if bias.dtype != x.dtype:
+        product = functools.partial(accumulated, product, x.dtype)
+    y = plus_bias(product(x, kernel), bias)
     return y if plus is None else y + plus
 
 
@@ -274,7 +257,7 @@ def convolve(
         road = _by_platform(whole, on_cpu, on_others)
 
     def own(x, kernel, bias, activate, plus):
-        return road(x, kernel, bias, activate, plus, _halo(step, x, activate) if rows else None)
+        return road(x, kernel.astype(x.dtype), bias, activate, plus, _halo(step, x, activate) if rows else None)
 
     if pictures or rows:
         # By hand: left to the compiler, the axis that splits a kernel's channels can split those of the feature maps
@@ -282,21 +265,10 @@ def convolve(
         every, each = PartitionSpec(), PartitionSpec(pictures or None)
         layout = PartitionSpec(pictures or None, rows or None)
         specs, axes = (layout, every, every, each, layout), {*pictures, *rows}
-        own = jax.shard_map(_widened(own), in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
-        if platform() == "cpu":
+        own = jax.shard_map(own, in_specs=specs, out_specs=layout, axis_names=axes, check_vma=False)
+        if platform() == "cpu":  # XLA:CPU ends the process over the sum of its gradient over devices in bfloat16
             kernel = kernel.astype(jnp.float32)
     return settled(own(x, kernel, bias, activate, plus))
-
-
-def _widened(own: Callable) -> Callable:
-    """`own` of a kernel that comes in float32 on a CPU, whose compiler ends the process over the sum of its gradient in
-    bfloat16 over the devices.
-    """
-
-    def narrowed(x, kernel, *given):
-        return own(x, kernel.astype(x.dtype), *given)
-
-    return narrowed
 
 
 def _moments_whole(x: Array) -> tuple[Array, Array]:

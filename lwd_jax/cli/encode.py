@@ -99,10 +99,11 @@ def _text_settings(args, kind: str) -> dict:
     settings = {}
     for flag in ("text_length", "text_width", "text_dtype"):
         value, fields = getattr(args, flag), _TEXT_FLAGS[kind].get(flag)
-        if value is not None and fields is None:
+        if value is None:
+            continue
+        if fields is None:
             raise UserError(f"--{flag.replace('_', '-')} says nothing to the text encoder {kind}.")
-        if value is not None:
-            settings |= dict.fromkeys(fields, value)
+        settings |= dict.fromkeys(fields, value)
     return settings
 
 

@@ -124,7 +124,7 @@ class Dense(nn.Module):
 
         product = functools.partial(self._product, out_dtype=jnp.float32)
         if out_dtype == self.dtype:
-            product = functools.partial(_accumulated, self._product, self.dtype)
+            product = functools.partial(accumulated, self._product, self.dtype)
 
         # The backward pass cuts the kernel itself: kept from the forward one, the cuts would be a copy of every kernel.
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -150,9 +150,14 @@ class Dense(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _accumulated(product: Callable, dtype, x, kernel):
-    """product(x, kernel) of operands of a dtype, in float32. Its gradient comes of a result of that dtype, and meets
-    the operands in it: as it is, in float32, a GPU would multiply at half the rate.
+def accumulated(product: Callable, dtype, x, kernel):
+    """product(x, kernel, float32), the sums of products of operands of a dtype as they are. Its gradient is rounded to
+    that dtype, as it is on its way into every other product: in float32 a convolution's transpose does not take it, and
+    a GPU would multiply at half the rate.
+
+    Args:
+      product: (x, kernel, dtype of the result) -> array, bilinear.
+      dtype: of the operands.
     """
     return product(x, kernel, jnp.float32)
 
@@ -165,7 +170,7 @@ def _accumulated_backward(product, dtype, operands, gradient):
     return jax.vjp(lambda x, kernel: product(x, kernel, dtype), *operands)[1](gradient.astype(dtype))
 
 
-_accumulated.defvjp(_accumulated_forward, _accumulated_backward)
+accumulated.defvjp(_accumulated_forward, _accumulated_backward)
 
 
 class RMSNorm(nn.Module):
