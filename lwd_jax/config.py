@@ -194,6 +194,19 @@ _UNUSED_OF_ADAPTER = {
     "lora": (),
     "minor_components": ("alpha", "rank_stabilised", "init", "dropout"),
 }
+# Fields that are read only where another has one of these values. Settings for other values may stay in a config whose
+# one field is overridden (the plain arm of a comparison), so that this is told of and no error.
+_READ_WITH = (
+    ("matching.mask", ("time", "soft"), ("matching.floor",)),
+    ("matching.mask", ("soft",), ("matching.softness",)),
+    ("matching.time_sampler", ("logit_normal",), ("matching.logit_mean", "matching.logit_std")),
+    ("matching.time_sampler", ("mode",), ("matching.mode_scale",)),
+    ("matching.shift_rule", ("static",), ("matching.shift",)),
+    ("sampling.shift_rule", ("static",), ("sampling.shift",)),
+    ("optimizer.name", ("adamw", "lion", "prodigy", "muon", "schedule_free_adamw"), ("optimizer.b1", "optimizer.b2")),
+    ("optimizer.name", ("adamw", "prodigy", "muon", "schedule_free_adamw"), ("optimizer.eps",)),
+    ("optimizer.name", ("adamw", "adafactor", "lion", "prodigy", "muon"), ("training.ema",)),
+)
 _DEFAULTS = Config()
 _INF = math.inf
 _SEEDS = 2**32  # jax.random.key reads 32 bits of a seed
@@ -314,6 +327,17 @@ def _check(config: Config) -> None:
         raise UserError(f"models.ntk must be two positive factors, of rows and columns, not {config.models.ntk}.")
     if list(vars(config.mesh).values()).count(-1) > 1:
         raise UserError("Only one axis of 'mesh' can be -1 (what is left).")
+
+
+def without_effect(config: Config) -> list[str]:
+    """A sentence for every field that was set to something and is not read, because of what another field is."""
+    return [
+        f"Config '{name}' has no effect with {switch} '{_get(config, switch)}'."
+        for switch, values, names in _READ_WITH
+        if _get(config, switch) not in values
+        for name in names
+        if _get(config, name) != _get(_DEFAULTS, name)
+    ]
 
 
 def check_seed(seed: int) -> None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from lwd_jax.cli import huge_pages
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.config import Config
+from lwd_jax.config import Config, without_effect
 from lwd_jax.data import buckets
 from lwd_jax.data.dataset import open_dataset
 from lwd_jax.data.latents import check_autoencoder, check_text, open_latents
@@ -211,6 +211,8 @@ def state_size(config: Config, mesh: tuple[int, ...]) -> StateSize:
 def check_config(config: Config) -> Iterator[Finding]:
     """Whether models, mesh and batch of a config fit this machine."""
     yield Finding("config", OK, f"'{config.name}': stage {config.stage} at {config.resolution} px")
+    for sentence in without_effect(config):
+        yield Finding("config", WARN, sentence.rstrip("."), "remove it, or set the other field")
     buckets.check_resolution(config.resolution, config.data.buckets)
     yield from attempt("models", lambda: _models(config))
     yield from attempt("mesh", lambda: _mesh(config))

@@ -4,6 +4,7 @@ import shlex
 
 import jax
 
+from lwd_jax.cli.progress import progress
 from lwd_jax.report.export import DTYPES, FORMS, export
 
 EXAMPLE = "lwd export --workdir runs/stage2 --out sd3-lwd-2k"
@@ -29,16 +30,18 @@ def arguments(parser):
 def run(args):
     # All of a model in float32 may be more than an accelerator holds, and a run that trains there has it to itself.
     jax.config.update("jax_platforms", "cpu")
-    out = export(
-        args.workdir,
-        args.out,
-        ema=not args.plain,
-        dtype=args.dtype,
-        autoencoder=args.autoencoder,
-        base=args.base,
-        form=args.form,
-        overwrite=args.overwrite,
-    )
+    with progress() as show:
+        out = export(
+            args.workdir,
+            args.out,
+            ema=not args.plain,
+            dtype=args.dtype,
+            autoencoder=args.autoencoder,
+            base=args.base,
+            form=args.form,
+            overwrite=args.overwrite,
+            on_progress=show,
+        )
     if args.form != "merged":
         print(f"Exported the adapters to {out}. Next: its README.md shows how to use them in PyTorch.")
         return

@@ -7,6 +7,7 @@ import shlex
 
 import jax
 
+from lwd_jax.cli.progress import progress
 from lwd_jax.report.export import import_models
 
 EXAMPLE = "lwd import --models stable-diffusion-3-medium --workdir runs/sd3"
@@ -24,7 +25,9 @@ def arguments(parser):
 
 def run(args):
     jax.config.update("jax_platforms", "cpu")  # an accelerator is left alone, as by `lwd export`
-    config = import_models(args.models, args.workdir, stage=args.stage, adapter=args.adapter, overwrite=args.overwrite)
+    how = {"stage": args.stage, "adapter": args.adapter, "overwrite": args.overwrite}
+    with progress() as show:
+        config = import_models(args.models, args.workdir, on_progress=show, **how)
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")
     name = f"{field} ({variant})" if variant else field

@@ -15,7 +15,7 @@ import signal
 import jax
 
 from lwd_jax.cli.config_flag import read_config
-from lwd_jax.config import Config, to_json
+from lwd_jax.config import Config, to_json, without_effect
 from lwd_jax.data import dataset, latents
 from lwd_jax.errors import UserError
 from lwd_jax.files import locate
@@ -76,6 +76,8 @@ def train(config: Config, workdir: str | os.PathLike) -> Outcome:
     if setup.params is None and not saved_steps(workdir) and jax.process_index() == 0:
         field = TRAINED[config.stage].field
         print(f"The {field} starts from random weights: models.{field} names nothing to start from.")
+    for sentence in without_effect(config) if jax.process_index() == 0 else ():
+        print(sentence)
     previews = make_previews(config, setup, workdir) if config.training.preview_every else None
     return loop(
         setup.program,

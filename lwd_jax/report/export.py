@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORMS = {"merged": None, "adapter": (FILE, as_peft), "kohya": (KOHYA_FILE, as_kohya)}
 
 
+Show = Callable[[str, int, int], None]
+
+
+def _ignore(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+@contextlib.contextmanager
+def _part(show: Show, what: str) -> Iterator[None]:
+    """A part of the work that says nothing while it runs: of a large model each takes a minute."""
+    show(what, 0, 1)
+    yield
+    show(what, 1, 1)
+
+
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -88,23 +104,28 @@ def _add_scheduler(folder: Path, sampling: Sampling, family: Family) -> str:
     return name
 
 
-def _export_autoencoder(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
+def _export_autoencoder(folder: Path, models: WorkdirModels, dtype, show: Show) -> tuple[dict, dict, int]:
     """Stage 1: (entries of model_index.json, fingerprints, step). An autoencoder alone is no pipeline: no entries."""
-    _, module, params, step = models.trained()
-    save_autoencoder(folder / "vae", module, params, dtype=dtype)
-    return {}, {"autoencoder": fingerprint(params)}, step
+    with _part(show, "reading the autoencoder"):
+        _, module, params, step = models.trained()
+    with _part(show, "writing the autoencoder"):
+        save_autoencoder(folder / "vae", module, params, dtype=dtype)
+        return {}, {"autoencoder": fingerprint(params)}, step
 
 
-def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, dict, int]:
+def _export_pipeline(folder: Path, models: WorkdirModels, dtype, show: Show) -> tuple[dict, dict, int]:
     """Stage 2: the same, one model in memory at a time."""
-    module, params = models.autoencoder()
-    save_autoencoder(folder / "vae", module, params, dtype=dtype)
-    fingerprints = {"autoencoder": fingerprint(params)}
-    del params
-    _, module, params, step = models.trained()
-    module, params = extend_backbone(module, merged(params), models.config.resolution)
-    save_backbone(folder / "transformer", module, params, dtype=dtype)
-    fingerprints["backbone"] = fingerprint(params)
+    with _part(show, "autoencoder"):
+        module, params = models.autoencoder()
+        save_autoencoder(folder / "vae", module, params, dtype=dtype)
+        fingerprints = {"autoencoder": fingerprint(params)}
+        del params
+    with _part(show, "reading the backbone"):
+        _, module, params, step = models.trained()
+        module, params = extend_backbone(module, merged(params), models.config.resolution)
+    with _part(show, "writing the backbone"):
+        save_backbone(folder / "transformer", module, params, dtype=dtype)
+        fingerprints["backbone"] = fingerprint(params)
     name = class_of(module)
     family = FAMILIES[name]
     parts = {
@@ -118,10 +139,11 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype) -> tuple[dict, 
     return parts | _add_text(folder, models, family), fingerprints, step
 
 
-def _export_adapters(folder: Path, models: WorkdirModels, dtype, form: str) -> tuple[dict, dict, int]:
+def _export_adapters(folder: Path, models: WorkdirModels, dtype, show: Show, form: str) -> tuple[dict, dict, int]:
     """The adapters of a run alone; of model_index.json, which does not come of it, the pipeline they are for."""
     name, layout = FORMS[form]
-    _, module, params, step = models.trained()
+    with _part(show, "reading the backbone and its adapters"):
+        _, module, params, step = models.trained()
     write_file(folder / name, weights_of(module), params, layout=layout, dtype=dtype)
     base = read_description(models.path)["base"]["fingerprint"]
     parts = {"_class_name": FAMILIES[class_of(module)].pipeline}
@@ -129,7 +151,7 @@ def _export_adapters(folder: Path, models: WorkdirModels, dtype, form: str) -> t
 
 
 def _writer(models: WorkdirModels, form: str):
-    """What writes a form: (folder, models, dtype) -> (entries of model_index.json, fingerprints, step)."""
+    """What writes a form: (folder, models, dtype, show) -> (entries of model_index.json, fingerprints, step)."""
     if choose(FORMS, form, "form of export") is None:
         return _export_autoencoder if models.config.stage == 1 else _export_pipeline
     if not models.has_adapters():
@@ -159,6 +181,7 @@ def export(
     base: str = "",
     form: str = "merged",
     overwrite: bool = False,
+    on_progress: Show = _ignore,
 ) -> Path:
     """Writes a run's models as a diffusers folder with a model card, or its adapters alone; whole or not at all.
 
@@ -174,6 +197,7 @@ def export(
       base: of a run of adapters, the folder or workdir where its base is now.
       form: one of FORMS; all but "merged" are of runs of adapters.
       overwrite: replace an earlier export.
+      on_progress: called with (what is being done, done, total).
 
     Returns:
       The folder.
@@ -192,7 +216,7 @@ def export(
     if autoencoder and models.config.stage == 1:
         raise UserError(f"The run in '{workdir}' trained its own autoencoder: another one has no place in its export.")
     with staged(out, overwrite, MANIFEST, (workdir, autoencoder, base)) as folder:
-        parts, fingerprints, step = write(folder, models, jnp.dtype(dtype))
+        parts, fingerprints, step = write(folder, models, jnp.dtype(dtype), on_progress)
         if FORMS[form] is None and parts:
             _write_json(folder / INDEX, {"_diffusers_version": DIFFUSERS_VERSION} | parts)
         about = {"form": form, "pipeline": parts.get("_class_name", ""), "step": step, "dtype": dtype}
@@ -223,6 +247,7 @@ def import_models(
     stage: int = 0,
     adapter: str = "",
     overwrite: bool = False,
+    on_progress: Show = _ignore,
 ) -> Config:
     """Makes a workdir whose checkpoint of step 0 holds the weights of a diffusers folder, which must cover the model.
 
@@ -233,6 +258,7 @@ def import_models(
       adapter: a file of adapters over the backbone, in diffusers' layout: they are what the checkpoint holds, and the
         folder stays where it is as their base. "" = none.
       overwrite: replace an earlier import; a run that has trained is never replaced.
+      on_progress: called with (what is being done, done, total).
 
     Returns:
       The config of the workdir.
@@ -260,7 +286,8 @@ def import_models(
     params, extra = None, {}
     if adapter:
         params, settings["adapter"] = _read_adapters(kind, opened, adapter)
-        extra = {"base": {"path": path, "fingerprint": opened.fingerprint()}}
+        with _part(on_progress, "fingerprint of the base"):
+            extra = {"base": {"path": path, "fingerprint": opened.fingerprint()}}
     # No average: there is nothing to continue here, only weights to start from.
     config = Config(
         name=f"import of {source.path.name}",
@@ -269,7 +296,11 @@ def import_models(
         training=Training(ema=0.0),
         **settings,
     )
-    _write_import(locate(workdir), overwrite, config, params or opened.params(), describe(kind, opened, extra))
+    if params is None:
+        with _part(on_progress, f"reading the {kind.field}"):
+            params = opened.params()
+    with _part(on_progress, "writing the checkpoint"):
+        _write_import(locate(workdir), overwrite, config, params, describe(kind, opened, extra))
     return config
 
 

@@ -175,6 +175,14 @@ def test_a_start_from_random_weights_is_told(root, tmp_path, capsys, monkeypatch
     assert ("The autoencoder starts from random weights" in capsys.readouterr().out) != named
 
 
+def test_settings_that_nothing_reads_are_told_of(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lwd_jax.cli.train.loop", lambda *_, **__: Outcome(8, 0))
+    overrides = ("--config.matching.softness=0.2", "--config.data.batch_size=8", "--config.data.held_out=1")
+    assert main(command(root, tmp_path / "run", *overrides, stage=2)[3:]) == 0
+    sentence = "Config 'matching.softness' has no effect with matching.mask 'time'."
+    assert capsys.readouterr().out.count(sentence) == 1
+
+
 def test_too_little_shared_memory_for_the_workers_is_told(root, tmp_path, monkeypatch, capsys):
     """A container has 64 MB if nothing else is said; full, it ends a worker without a word."""
     monkeypatch.setattr(setup, "shutil", SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=64e6)))
