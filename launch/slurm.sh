@@ -13,7 +13,8 @@ back in the queue and resumes, as after a failure that may pass (exit code 75). 
 `lwd plan --flags gpu` prints, and the job's own.
 
   --nodes N     (1)
-  --gpus N      of each node (8)
+  --gpus N      of each node (8); with each come four cores, for Slurm's own default is one core in all. Say otherwise
+                by --cpus-per-gpu=N, --cpus-per-task=N or --exclusive; --mem=0 takes all memory of a node
   --retries N   how many times the job may be put back (10)
   --dry_run     print the command, submit nothing
 
@@ -71,11 +72,12 @@ nodes=1 gpus=8 retries=10 dry_run='' options=()
 # shellcheck source=launch/arguments.sh
 source "$root/launch/arguments.sh"
 stray() {
-  [[ "$1" == --*=* ]] || die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --."
+  [[ "$1" == --*=* || "$1" == --exclusive ]] || die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --."
   options+=("$1")
 }
 parse_arguments 'nodes|gpus|retries' dry_run "$@"
 [[ "$nodes$gpus$retries" =~ ^[0-9]+$ ]] || die "--nodes, --gpus and --retries must be whole numbers."
+[[ " ${options[*]-}" == *" --"@(cpus-per-|exclusive)* ]] || options+=(--cpus-per-gpu=4)
 command=(
   sbatch --job-name=lwd --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" --requeue --open-mode=append
   --signal=TERM@300 ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" job "$root" "$retries"

@@ -31,7 +31,8 @@ gcloud, logged in.
 
 The run starts with the flags of XLA that `lwd plan --flags TYPE` prints, and those of LIBTPU_INIT_ARGS on the workers.
 Paths after -- are the workers', relative to a copy of this checkout. Compiled programs are kept in DIR/compiled, so
-that a slice that was made again does not compile again.
+that a slice that was made again does not compile again; so are, in a folder, the names and versions of what was
+installed, DIR/packages.txt, which such a slice installs again. Remove the file for the newest.
 
 example:
   bash launch/tpu_run.sh --name sd3 --zone us-west4-a --type v5litepod-16 --spot --queued --bucket my-bucket \
@@ -128,7 +129,7 @@ install() {
     run gcloud compute tpus tpu-vm scp "$archive" "$name:lwd_jax.tar.gz" "${where[@]}" --worker=all &&
     on_workers all bash -c \
       'mkdir -p lwd_jax && tar -xzf lwd_jax.tar.gz -C lwd_jax && bash lwd_jax/launch/tpu_worker.sh "$@"' \
-      tpu_worker.sh setup "$extras" "$bucket"
+      tpu_worker.sh setup "$extras" "$workdir" "$bucket"
 }
 
 start() { on_workers all bash lwd_jax/launch/tpu_worker.sh start "$type" "$workdir" ${train[@]+"${train[@]}"}; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What tpu_run.sh does on a worker of a TPU slice, in the copy of the checkout that it brought:
-#   setup EXTRAS [BUCKET] | start TYPE WORKDIR [arguments of lwd train] | follow | last | status | stop
+#   setup EXTRAS WORKDIR [BUCKET] | start TYPE WORKDIR [arguments of lwd train] | follow | last | status | stop
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD"
@@ -10,12 +10,12 @@ log="$root/run.log" pid="$root/run.pid" ended="$root/run.ended"
 running() { [[ -f "$pid" && ! -f "$ended" ]] && kill -0 "$(cat "$pid")" 2>/dev/null; }
 
 setup() {
-  if [[ "${2:-}" ]] && ! mountpoint -q /mnt/bucket; then
+  local python=python3 kept="$2/packages.txt"
+  if [[ "${3:-}" ]] && ! mountpoint -q /mnt/bucket; then
     sudo mkdir -p /mnt/bucket
     sudo chown "$USER" /mnt/bucket
-    gcsfuse --implicit-dirs "$2" /mnt/bucket
+    gcsfuse --implicit-dirs "$3" /mnt/bucket
   fi
-  local python=python3
   if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then # the images' own may be older
     python3 -m pip install --quiet --user uv
     python3 -m uv python install --quiet 3.12
@@ -23,7 +23,18 @@ setup() {
   fi
   # shellcheck source=launch/setup_venv.sh
   source launch/setup_venv.sh
+  # A run goes on with the packages that it began with, also on a slice that was made again weeks later: others may
+  # compute something else, or not read its checkpoints. (By a copy: pip takes a space for the end of a name.)
+  if [[ -f "$kept" ]]; then
+    cp "$kept" packages.txt
+    export PIP_CONSTRAINT=packages.txt
+  fi
   PYTHON="$python" setup_venv "$root" "$1"
+  if [[ ! -f "$kept" && "$kept" != *://* ]]; then
+    mkdir -p "$2"
+    .venv/bin/python -m pip freeze --quiet --exclude-editable >"$kept.$HOSTNAME"
+    mv "$kept.$HOSTNAME" "$kept"
+  fi
 }
 
 start() {

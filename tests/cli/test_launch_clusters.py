@@ -102,6 +102,12 @@ if "venv" in sys.argv:
         shutil.copy(pathlib.Path(os.environ["FAKE"]) / "bin" / source, folder / name)
 elif "--version" in sys.argv:
     print("Python 3.11.0")
+elif "install" in sys.argv:
+    fixed = os.environ.get("PIP_CONSTRAINT", "")
+    with open(pathlib.Path(os.environ["FAKE"]) / "pip", "a") as file:
+        file.write((pathlib.Path(fixed).read_text() if fixed else "newest") + "\\n")
+elif "freeze" in sys.argv:
+    print("jax==0.0.1")
 """
 
 
@@ -140,15 +146,15 @@ def verbs(fake):
     return [f"{words[2]} {words[3]}" for words in told(fake, "gcloud") if words[3] in ("create", "delete")]
 
 
-TPU = ("--name", "a", "--zone", "z", "--type", "v5litepod-8", "--workdir", "/shared/my run", "--poll", "0")
+TPU = ("--name", "a", "--zone", "z", "--type", "v5litepod-8", "--workdir", "my run", "--poll", "0")
 
 
 def test_a_slice_is_made_and_every_worker_gets_every_word(fake):
     said = launch(fake, "tpu_run.sh", *TPU, "--project", "my project", "--", *HOSTILE, LIBTPU_INIT_ARGS="--mine=1")
     for worker in ("worker0", "worker1"):
         assert (fake / f"flags.{worker}").read_text() == "--flags v5litepod-8 --mine=1"
-        words = ["train", "--workdir=/shared/my run", *HOSTILE]
-        assert told(fake, f"lwd.{worker}") == [["/shared/my run/compiled", *words]]
+        words = ["train", "--workdir=my run", *HOSTILE]
+        assert told(fake, f"lwd.{worker}") == [["my run/compiled", *words]]
     assert "worker0 turn 0" in said and "worker1 turn" not in said and "still there" in said
     calls = told(fake, "gcloud")
     assert verbs(fake) == ["tpu-vm create"]
@@ -172,6 +178,8 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(fake):
     }
     assert all("--spot" in words for words in told(fake, "gcloud") if words[3] == "create")
     assert (fake / "mine" / "metrics.jsonl").read_text() == "{}"
+    # The first installs what is newest, whoever comes after it, on this slice or the next, the same.
+    assert (fake / "pip").read_text().split() == ["newest"] + ["jax==0.0.1"] * 5
 
 
 def test_preemption_ends_after_so_many_times(fake):
@@ -367,6 +375,7 @@ def test_a_slurm_job_carries_every_word(fake, checkout):
     launch(fake, script, "--nodes", "4", "--gpus", "2", "--partition=big one", "--retries", "1", "--", *HOSTILE)
     (call,) = told(fake, "sbatch")
     options = {"--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=2", "--requeue", "--partition=big one"}
+    options |= {"--cpus-per-gpu=4"}
     assert options <= set(call["words"])
     job = call["words"][call["words"].index(script) + 1 :]
     assert job[-len(HOSTILE) :] == HOSTILE
@@ -393,6 +402,12 @@ def test_a_slurm_job_carries_every_word(fake, checkout):
 def test_a_dry_slurm_job_is_printed_only(fake):
     said = launch(fake, "slurm.sh", "--dry_run", "--", *HOSTILE)
     assert words_of(said.rstrip("\n"), fake)[-len(HOSTILE) :] == HOSTILE and not told(fake, "sbatch")
+
+
+@pytest.mark.parametrize("option", ["--cpus-per-gpu=7", "--cpus-per-task=9", "--exclusive", "--exclusive=user"])
+def test_a_slurm_job_has_the_cores_that_are_asked_for(fake, option):
+    words = words_of(launch(fake, "slurm.sh", option, "--dry_run", "--", *HOSTILE).rstrip("\n"), fake)
+    assert [word for word in words if word.startswith(("--cpus", "--exclusive"))] == [option]
 
 
 # ---------------------------------------------------------------------------------------------------------- all
