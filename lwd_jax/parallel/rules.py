@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwd_jax.errors import UserError
@@ -129,9 +130,14 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """A tree of arrays [B ..] on the mesh, laid out as `batch_shardings` says.
+    """A tree of arrays [B ..], the same in every process, on the mesh, laid out as `batch_shardings` says.
 
     Raises:
       UserError: the batch does not divide over data x fsdp.
     """
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, batch_shardings({"": leaf}, mesh)[""]), batch)
+
+    def place(leaf):
+        host, sharding = np.asarray(leaf), batch_shardings({"": leaf}, mesh)[""]
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, batch)

@@ -8,14 +8,14 @@ over time. The training loop calls `previews(step, params)` on every process; pr
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from lwd_jax.autoencoders import kl
 from lwd_jax.config import Config, Matching
@@ -30,7 +30,8 @@ from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.objective.matching import mask_of, matching_loss, saliency_of
 from lwd_jax.objective.paths import noised
 from lwd_jax.objective.reconstruction import pool
-from lwd_jax.parallel.rules import replicated
+from lwd_jax.parallel.mesh import batch_parts
+from lwd_jax.parallel.rules import place_batch, replicated
 from lwd_jax.report import figures
 from lwd_jax.report.pipeline import open_models
 from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler, to_uint8
@@ -207,40 +208,61 @@ def _gather(sharding: NamedSharding) -> Callable:
     return jax.jit(lambda x: x, out_shardings=sharding)
 
 
-def make_sample(config: Config, module, everywhere: NamedSharding) -> Callable:
-    """`f(params, noise [B h w C], cond, null) -> z0` on the host, with the config's sampling settings, one picture at
-    a time.
+def _groups(count: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, int]]:
+    """(rows of as many pictures as the mesh holds at a time, how many of them are new): the last are copies, so that
+    one program serves all.
     """
-    sampling, sampler = config.sampling, make_sampler(module, config.sampling.solver)
+    together = batch_parts(mesh)
+    for start in range(0, count, together):
+        yield np.minimum(np.arange(start, start + together), count - 1), min(together, count - start)
+
+
+def make_sample(config: Config, module, mesh: Mesh) -> Callable:
+    """`f(params, noise [B h w C], cond, null) -> z0` on the host, with the config's sampling settings, one picture at
+    a time on every place along `data` and `fsdp`.
+    """
+    sampling, sampler, gather = config.sampling, make_sampler(module, config.sampling.solver), _gather(replicated(mesh))
 
     def sample(params, noise, cond, null) -> np.ndarray:
         levels = noise_levels(sampling, module.config, *noise.shape[1:3])
         cond, null = (each and told(each, module.config, sampling.embedded_guidance) for each in (cond, null))
-        rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (noise, cond)) for i in range(len(noise))]
-        made = (sampler(params, *row, null, sampling.guidance, levels) for row in rows)
-        return np.concatenate([jax.device_get(_gather(everywhere)(z0)) for z0 in made])
+        null = place_batch(jax.tree.map(lambda x: np.repeat(x, batch_parts(mesh), axis=0), null), mesh)
+        made = []
+        for rows, new in _groups(len(noise), mesh):
+            part = place_batch(jax.tree.map(lambda x: np.asarray(x)[rows], (noise, cond)), mesh)
+            z0 = sampler(params, *part, null, sampling.guidance, levels)
+            made.append(jax.device_get(gather(z0))[:new])
+        return np.concatenate(made)
 
     return sample
 
 
 @functools.lru_cache(maxsize=8)  # the arms of a comparison differ in the mask only, and share this program
-def _example_loss(matching: Matching, module, autoencoder: kl.Config, everywhere: NamedSharding) -> Callable:
-    """Jitted `f(params, example, t [1], key) -> metrics` of one held-out example."""
+def _example_losses(matching: Matching, module, autoencoder: kl.Config, everywhere: NamedSharding) -> Callable:
+    """Jitted `f(params, examples, t [B], numbers [B], seed) -> metrics [B]` of held-out examples, each with the noise
+    of its number.
+    """
 
-    def one(params, example, t, key):
-        def predict(z_t, t, cond):
-            return module.apply({"params": params}, z_t, t, cond)
+    def losses(params, examples, t, numbers, seed):
+        z0 = kl.scale(autoencoder, examples["mean"])
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
+        noise = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(keys)
+        cond = Conditioning(examples["tokens"], examples["token_mask"], examples["pooled"])
+        velocity = module.apply(
+            {"params": params}, noised(z0, noise, t), t, told(cond, module.config, matching.guidance)
+        )
 
-        z0 = kl.scale(autoencoder, example["mean"])
-        cond = Conditioning(example["tokens"], example["token_mask"], example["pooled"])
-        cond = told(cond, module.config, matching.guidance)
-        _, metrics = matching_loss(predict, z0, cond, t, jax.random.normal(key, z0.shape), matching)
-        return {name: metrics[name] for name in ("loss", "loss_detail", "loss_smooth")}
+        def one(velocity, *example):  # a batch's metrics are means: of one example they are its own
+            z0, t, noise = (x[None] for x in example)
+            _, metrics = matching_loss(lambda *_: velocity[None], z0, None, t, noise, matching)
+            return {name: metrics[name] for name in ("loss", "loss_detail", "loss_smooth")}
 
-    return jax.jit(one, out_shardings=everywhere)
+        return jax.vmap(one)(velocity, z0, t, noise)
+
+    return jax.jit(losses, out_shardings=everywhere)
 
 
-def make_held_out_loss(config: Config, module, autoencoder: kl.Config, everywhere: NamedSharding) -> Callable:
+def make_held_out_loss(config: Config, module, autoencoder: kl.Config, mesh: Mesh) -> Callable:
     """`f(params, batch) -> {"loss", "loss_detail", "loss_smooth"}`: the unmasked loss of held-out pictures.
 
     The times are HELD_OUT_TIMES and the noise hangs on the config's seed alone, so that the steps of a run, and runs
@@ -250,19 +272,20 @@ def make_held_out_loss(config: Config, module, autoencoder: kl.Config, everywher
       config: of the run.
       module: the backbone.
       autoencoder: the config of the one that made the latents.
-      everywhere: whole on every device of the run's mesh.
+      mesh: of the run; as many examples at a time as it has places along `data` and `fsdp`.
     """
     plain = dataclasses.replace(config.matching, mask="everywhere", weighting="none", normalise="all")
-    example_loss = _example_loss(plain, module, autoencoder, everywhere)
+    example_losses = _example_losses(plain, module, autoencoder, replicated(mesh))
 
     def loss(params, batch: dict) -> dict[str, float]:
         found = []
-        for number in range(len(batch["mean"])):
-            example = {name: value[number : number + 1] for name, value in batch.items()}
-            for index, t in enumerate(HELD_OUT_TIMES):
-                key = jax.random.fold_in(jax.random.key(config.seed), number * len(HELD_OUT_TIMES) + index)
-                found.append(jax.device_get(example_loss(params, example, np.full(1, t, np.float32), key)))
-        return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+        for rows, new in _groups(len(batch["mean"]) * len(HELD_OUT_TIMES), mesh):
+            pictures, times = np.divmod(rows, len(HELD_OUT_TIMES))
+            examples = {name: batch[name][pictures] for name in ("mean", "tokens", "token_mask", "pooled")}
+            given = (examples, np.float32(HELD_OUT_TIMES)[times], rows.astype(np.uint32))
+            made = example_losses(params, *place_batch(given, mesh), np.uint32(config.seed))
+            found.append({name: values[:new] for name, values in jax.device_get(made).items()})
+        return {name: float(np.mean(np.concatenate([each[name] for each in found]))) for name in found[0]}
 
     return loss
 
@@ -286,15 +309,18 @@ def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
     pictures, and the samples' high-frequency share.
     """
     decoder, weights = setup.autoencoder
-    module, everywhere = setup.opened.module, replicated(setup.mesh)
+    module, mesh = setup.opened.module, setup.mesh
     batch = held_out(config)
     cond, null, prompts = _conditioning(config, setup, batch)
     noise = np.asarray(initial_noise(config.seed, np.arange(len(prompts)), batch["mean"].shape[1:]))
-    sample, decoded, gather = make_sample(config, module, everywhere), make_decoder(decoder), _gather(everywhere)
-    held_out_loss = make_held_out_loss(config, module, decoder.config, everywhere)
+    sample, decoder_of, gather = make_sample(config, module, mesh), make_decoder(decoder), _gather(replicated(mesh))
+    held_out_loss = make_held_out_loss(config, module, decoder.config, mesh)
+
+    def decoded(weights, z: np.ndarray) -> np.ndarray:
+        return jax.device_get(gather(decoder_of(weights, place_batch(z, mesh))))
 
     def decode(z: np.ndarray) -> np.ndarray:
-        return decode_in_chunks(lambda *given: jax.device_get(gather(decoded(*given))), weights, z)
+        return decode_in_chunks(decoded, weights, z, batch_parts(mesh))
 
     @functools.cache  # once in a process, and by all of them: they decode together
     def show_masks() -> None:

@@ -21,7 +21,7 @@ import pytest
 from compiling import QUICKLY
 from full_disk import full_disk
 from PIL import Image
-from tiny_models import SMALL_KL, autoencoder
+from tiny_models import SMALL_KL, autoencoder, write_inputs
 
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.cli import main
@@ -342,6 +342,40 @@ def test_lwd_train_by_two_processes_is_one_run(root, stage1, tmp_path):
     assert counts[0] == counts[1] and counts[0][-1] >= 2
     files = {path.name for path in (tmp_path / "two").iterdir()}
     assert files == {path.name for path in (tmp_path / "alone").iterdir()}
+
+
+def test_two_processes_preview_what_one_does(tmp_path):
+    """Stage 2: every process computes its part of the samples and of the held-out loss; process 0 writes them."""
+    write_inputs(tmp_path)
+    config = {
+        "stage": 2,
+        "resolution": 32,
+        "dtype": "float32",
+        "remat": "none",
+        "models": {"autoencoder": "vae", "autoencoder_variant": "", "backbone": "transformer", "backbone_variant": ""},
+        "data": {"latents": f"{tmp_path}/latents", "batch_size": 2, "workers": 0, "held_out": 3, "buckets": False},
+        "optimizer": {"learning_rate": 1e-3, "warmup": 1, "eps": 1e-2, "train_only": ["final_proj"]},
+        "training": {"steps": 1, "ema": 0.9, "log_every": 1, "preview_every": 1},
+        "sampling": {"steps": 2, "guidance": 2.0},
+    }
+    config["models"] |= {name: f"{tmp_path}/{config['models'][name]}" for name in ("autoencoder", "backbone")}
+    file = tmp_path / "stage2.json"
+    file.write_text(json.dumps(config))
+    one, two = (["-m", "lwd_jax.cli", "train", f"--config={file}", f"--workdir={tmp_path / name}"] for name in "12")
+    alone = start(tmp_path, one, 1)
+    ended(start(tmp_path, two, 2))
+    ended(alone)
+    shown, others = (
+        [{name: line[name] for name in line if name.startswith("preview/")} for line in metrics.read(run)]
+        for run in (tmp_path / "1", tmp_path / "2")
+    )
+    assert [len(line) for line in shown] == [4, 0, 4]
+    assert all(line == pytest.approx(other, rel=1e-4) for line, other in zip(shown, others, strict=True))
+    names = {"saliency_and_mask.png", "step_000000_samples.png", "step_000001_samples.png"}
+    for name in names:
+        pixels, other = (np.asarray(Image.open(tmp_path / run / "previews" / name), int) for run in "12")
+        assert abs(pixels - other).max() <= 2  # of 255: rounding
+    assert names == {path.name for path in (tmp_path / "2" / "previews").iterdir()}
 
 
 def test_a_workdir_that_is_taken_is_told_to_all_processes(root, stage1, tmp_path):

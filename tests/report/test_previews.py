@@ -20,7 +20,6 @@ from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
 from lwd_jax.objective.reconstruction import pool
 from lwd_jax.parallel.mesh import over
-from lwd_jax.parallel.rules import replicated
 from lwd_jax.report import previews
 from lwd_jax.report.previews import make_held_out_loss, make_previews
 from lwd_jax.report.samples import Request, _latents, encode_prompts
@@ -77,10 +76,14 @@ def test_prompts_of_a_new_run_are_drawn_alike_each_time(config, setup, params, t
         assert (tmp_path / "other/previews/step_000000_samples.png").read_bytes() != first["step_000000_samples.png"]
 
 
-def test_a_mesh_previews_the_same(config, setup, params, tmp_path):
-    """One picture over eight devices, as the loop calls it: its rows over `context`, its heads over `tensor`."""
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 4, 1, 1)])
+def test_a_mesh_previews_the_same(config, setup, params, tmp_path, sizes):
+    """Over eight devices, as the loop calls it: a picture's rows over `context`, its heads over `tensor`; or more
+    places for pictures than pictures.
+    """
     expected = make_previews(config, setup, tmp_path / "one")(0, params)
-    shared = dataclasses.replace(config, mesh=Mesh(1, 2, 2, 2), data=dataclasses.replace(config.data, batch_size=2))
+    mesh, batch = Mesh(*sizes), sizes[0] * sizes[1]
+    shared = dataclasses.replace(config, mesh=mesh, data=dataclasses.replace(config.data, batch_size=batch))
     meshed = make_setup(shared, jax.devices()[:8])
     found = over(meshed.mesh, make_previews(shared, meshed, tmp_path / "eight"))(0, meshed.params())
     assert found == pytest.approx(expected, rel=1e-4)
@@ -90,12 +93,12 @@ def test_a_mesh_previews_the_same(config, setup, params, tmp_path):
 
 
 def test_held_out_loss_is_of_all_held_out_pictures_and_does_not_depend_on_the_mask(config, setup, params, tmp_path):
-    batch, everywhere = held_out(config), replicated(setup.mesh)
+    batch = held_out(config)
     assert len(batch["mean"]) == HELD_OUT > previews.SHOWN
 
     def loss(batch, **matching):
         changed = dataclasses.replace(config, matching=dataclasses.replace(config.matching, **matching))
-        return make_held_out_loss(changed, setup.opened.module, setup.autoencoder[0].config, everywhere)(params, batch)
+        return make_held_out_loss(changed, setup.opened.module, setup.autoencoder[0].config, setup.mesh)(params, batch)
 
     whole = loss(batch)
     for matching in ({"mask": "everywhere"}, {"mask": "soft"}, {"weighting": "sigma_sqrt"}):
@@ -118,7 +121,7 @@ def test_held_out_loss_by_hand(config, setup):
             noise = np.asarray(jax.random.normal(key, z0.shape))
             velocity = module.apply({}, (1 - t) * z0 + t * noise, np.full(1, t), cond)
             errors.append(np.mean((velocity - (noise - z0)) ** 2))
-    found = make_held_out_loss(told, module, KL, replicated(setup.mesh))({}, batch)
+    found = make_held_out_loss(told, module, KL, setup.mesh)({}, batch)
     assert found["loss"] == pytest.approx(np.mean(errors), rel=1e-5)
 
 
@@ -127,7 +130,7 @@ def test_samples_are_those_of_lwd_sample(config, setup, sizes):
     """Of the same noise: guided away from the empty caption, and told the same guidance."""
     module, noise = Formula(sizes), np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
     cond, null, prompts = previews._conditioning(config, setup, held_out(config))
-    drawn = previews.make_sample(config, module, replicated(setup.mesh))({}, noise, cond, null)
+    drawn = previews.make_sample(config, module, setup.mesh)({}, noise, cond, null)
     request = Request(prompts, 32, 32, config.sampling, noise=noise)
     models = SimpleNamespace(backbone=lambda **kinds: (module, {}))
     states = encode_prompts(hashed_words(None, **TEXT), request)
@@ -135,12 +138,12 @@ def test_samples_are_those_of_lwd_sample(config, setup, sizes):
 
 
 def test_arms_share_their_compiled_programs(config, setup):
-    everywhere, module = replicated(setup.mesh), setup.opened.module
-    before = previews._example_loss.cache_info()
+    module = setup.opened.module
+    before = previews._example_losses.cache_info()
     for mask in ("time", "everywhere"):
         arm = dataclasses.replace(config, matching=dataclasses.replace(config.matching, mask=mask))
-        make_held_out_loss(arm, module, setup.autoencoder[0].config, everywhere)
-    after = previews._example_loss.cache_info()
+        make_held_out_loss(arm, module, setup.autoencoder[0].config, setup.mesh)
+    after = previews._example_losses.cache_info()
     assert after.hits >= before.hits + 1 and after.currsize <= before.currsize + 1
 
 
