@@ -13,8 +13,9 @@ back in the queue and resumes, as after a failure that may pass (exit code 75). 
 `lwd plan --flags gpu` prints, and the job's own.
 
   --nodes N     (1)
-  --gpus N      of each node (8); with each come four cores, for Slurm's own default is one core in all. Say otherwise
-                by --cpus-per-gpu=N, --cpus-per-task=N or --exclusive; --mem=0 takes all memory of a node
+  --gpus N      of each node (8); with each come four cores, for Slurm by itself gives one core in all. Say otherwise by
+                --cpus-per-gpu=N, --cpus-per-task=N, --exclusive or sbatch's variables of these names; --mem=0 takes all
+                memory of a node
   --retries N   how many times the job may be put back (10)
   --dry_run     print the command, submit nothing
 
@@ -77,7 +78,15 @@ stray() {
 }
 parse_arguments 'nodes|gpus|retries' dry_run "$@"
 [[ "$nodes$gpus$retries" =~ ^[0-9]+$ ]] || die "--nodes, --gpus and --retries must be whole numbers."
-[[ " ${options[*]-}" == *" --"@(cpus-per-|exclusive)* ]] || options+=(--cpus-per-gpu=4)
+says_cores() { # whether the options, or sbatch's variables, say how many
+  local option
+  [[ -z "${SBATCH_CPUS_PER_GPU:-}${SBATCH_CPUS_PER_TASK:-}${SBATCH_EXCLUSIVE:-}" ]] || return 0
+  for option in ${options[@]+"${options[@]}"}; do
+    case "$option" in --cpus-per-* | --exclusive | --exclusive=* | --tres-per-task=*cpu*) return 0 ;; esac
+  done
+  return 1
+}
+((gpus == 0)) || says_cores || options+=(--cpus-per-gpu=4)
 command=(
   sbatch --job-name=lwd --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" --requeue --open-mode=append
   --signal=TERM@300 ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" job "$root" "$retries"

@@ -26,6 +26,7 @@ setup() {
   # A run goes on with the packages that it began with, also on a slice that was made again weeks later: others may
   # compute something else, or not read its checkpoints. (By a copy: pip takes a space for the end of a name.)
   if [[ -f "$kept" ]]; then
+    echo "Installing what the run began with, $kept; remove that file if this checkout needs newer ones."
     cp "$kept" packages.txt
     export PIP_CONSTRAINT=packages.txt
   fi

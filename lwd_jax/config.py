@@ -330,7 +330,7 @@ def _check(config: Config) -> None:
 
 
 def without_effect(config: Config) -> list[str]:
-    """A sentence for every field that was set to something and is not read, because of what another field is."""
+    """A sentence for every field of _READ_WITH that was set to something and is not read."""
     return [
         f"Config '{name}' has no effect with {switch} '{_get(config, switch)}'."
         for switch, values, names in _READ_WITH

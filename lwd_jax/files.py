@@ -27,7 +27,7 @@ from lwd_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 _SCHEME = "gs://"
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 _READERS = 8
 
 # Orbax's own writes, and other hosts', pass the client by: what it remembers of folders would be out of date. A process
@@ -226,7 +226,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _cleared_up() -> Iterator[None]:
+def cleared_up() -> Iterator[None]:
     """A first SIGTERM inside ends the block as an error would, so that nothing half-written stays; where the signal has
     a handler (in `lwd train`, which saves instead) that stays. It waits for a call of another language to return.
     """
@@ -253,7 +253,7 @@ def staged(target: Path, last: str = "") -> Iterator[Path]:
     On a disk it is a sibling that is renamed. Into a bucket it is copied, over what was there: `last` (the file by
     which a whole result is known) first goes and last comes, so that half a result has none.
     """
-    with _cleared_up():
+    with cleared_up():
         if in_bucket(target):
             with tempfile.TemporaryDirectory(prefix="lwd-staged-") as temporary:
                 yield Path(temporary)

@@ -212,7 +212,7 @@ def check_config(config: Config) -> Iterator[Finding]:
     """Whether models, mesh and batch of a config fit this machine."""
     yield Finding("config", OK, f"'{config.name}': stage {config.stage} at {config.resolution} px")
     for sentence in without_effect(config):
-        yield Finding("config", WARN, sentence.rstrip("."), "remove it, or set the other field")
+        yield Finding("config", WARN, sentence.rstrip("."), "of a new run, remove it or set the other field")
     buckets.check_resolution(config.resolution, config.data.buckets)
     yield from attempt("models", lambda: _models(config))
     yield from attempt("mesh", lambda: _mesh(config))

@@ -5,10 +5,14 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lwd_jax.files import cleared_up
+
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (what, done, total) that draws one bar for each `what`, on the terminal only."""
+    """A function of (what, done, total) that draws one bar for each `what`, on the terminal only, which a SIGTERM leaves
+    as it was.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -16,7 +20,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True) as bars:
+    with cleared_up(), Progress(*columns, transient=True) as bars:
         tasks = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -73,11 +73,12 @@ def train(config: Config, workdir: str | os.PathLike) -> Outcome:
         "The processes of this run were not started with the same config and workdir: give each the same command.",
     )
     setup = make_setup(config)
-    if setup.params is None and not saved_steps(workdir) and jax.process_index() == 0:
+    if jax.process_index() == 0 and not saved_steps(workdir):
         field = TRAINED[config.stage].field
-        print(f"The {field} starts from random weights: models.{field} names nothing to start from.")
-    for sentence in without_effect(config) if jax.process_index() == 0 else ():
-        print(sentence)
+        if setup.params is None:
+            print(f"The {field} starts from random weights: models.{field} names nothing to start from.")
+        for sentence in without_effect(config):
+            print(sentence)
     previews = make_previews(config, setup, workdir) if config.training.preview_every else None
     return loop(
         setup.program,

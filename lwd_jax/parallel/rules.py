@@ -129,15 +129,23 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShar
     return shardings
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """A tree of arrays [B ..], the same in every process, on the mesh, laid out as `batch_shardings` says.
+def place_batch(batch: Any, mesh: Mesh, rows: np.ndarray | None = None) -> Any:
+    """A tree of arrays [N ..], the same in every process, on the mesh, laid out as `batch_shardings` says.
+
+    Args:
+      batch: the arrays.
+      mesh: where to.
+      rows: [B], which rows of the arrays make the batch, copies too; None = all. Each process reads its own alone.
 
     Raises:
       UserError: the batch does not divide over data x fsdp.
     """
 
     def place(leaf):
-        host, sharding = np.asarray(leaf), batch_shardings({"": leaf}, mesh)[""]
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        host = np.asarray(leaf)
+        chosen = np.arange(len(host)) if rows is None else rows
+        shape = jax.ShapeDtypeStruct((len(chosen), *host.shape[1:]), host.dtype)
+        sharding = batch_shardings({"": shape}, mesh)[""]
+        return jax.make_array_from_callback(shape.shape, sharding, lambda at: host[chosen[at[0]]][:, *at[1:]])
 
     return jax.tree.map(place, batch)

@@ -136,7 +136,8 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype, show: Show) -> 
         "image_encoder": (None, None),
         "feature_extractor": (None, None),
     }
-    return parts | _add_text(folder, models, family), fingerprints, step
+    with _part(show, "text encoders"):
+        return parts | _add_text(folder, models, family), fingerprints, step
 
 
 def _export_adapters(folder: Path, models: WorkdirModels, dtype, show: Show, form: str) -> tuple[dict, dict, int]:

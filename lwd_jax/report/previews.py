@@ -34,7 +34,7 @@ from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import place_batch, replicated
 from lwd_jax.report import figures
 from lwd_jax.report.pipeline import open_models
-from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler, to_uint8
+from lwd_jax.sample.generate import initial_noise, make_decoder, make_sampler, to_uint8
 from lwd_jax.sample.schedule import noise_levels
 from lwd_jax.train.setup import Setup
 
@@ -203,9 +203,9 @@ def _conditioning(
 
 
 @functools.lru_cache(maxsize=8)
-def _gather(sharding: NamedSharding) -> Callable:
-    """Moves an array to a layout; to `replicated`, so that every process can read all of it."""
-    return jax.jit(lambda x: x, out_shardings=sharding)
+def _first(count: int, everywhere: NamedSharding) -> Callable:
+    """Moves the first rows of an array, and no others, to every device, so that every process can read them."""
+    return jax.jit(lambda x: x[:count], out_shardings=everywhere)
 
 
 def _groups(count: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, int]]:
@@ -221,17 +221,15 @@ def make_sample(config: Config, module, mesh: Mesh) -> Callable:
     """`f(params, noise [B h w C], cond, null) -> z0` on the host, with the config's sampling settings, one picture at
     a time on every place along `data` and `fsdp`.
     """
-    sampling, sampler, gather = config.sampling, make_sampler(module, config.sampling.solver), _gather(replicated(mesh))
+    sampling, sampler = config.sampling, make_sampler(module, config.sampling.solver)
 
     def sample(params, noise, cond, null) -> np.ndarray:
         levels = noise_levels(sampling, module.config, *noise.shape[1:3])
         cond, null = (each and told(each, module.config, sampling.embedded_guidance) for each in (cond, null))
-        null = place_batch(jax.tree.map(lambda x: np.repeat(x, batch_parts(mesh), axis=0), null), mesh)
-        made = []
+        null, made = place_batch(null, mesh, np.zeros(batch_parts(mesh), int)), []
         for rows, new in _groups(len(noise), mesh):
-            part = place_batch(jax.tree.map(lambda x: np.asarray(x)[rows], (noise, cond)), mesh)
-            z0 = sampler(params, *part, null, sampling.guidance, levels)
-            made.append(jax.device_get(gather(z0))[:new])
+            z0 = sampler(params, *place_batch((noise, cond), mesh, rows), null, sampling.guidance, levels)
+            made.append(jax.device_get(_first(new, replicated(mesh))(z0)))
         return np.concatenate(made)
 
     return sample
@@ -281,9 +279,9 @@ def make_held_out_loss(config: Config, module, autoencoder: kl.Config, mesh: Mes
         found = []
         for rows, new in _groups(len(batch["mean"]) * len(HELD_OUT_TIMES), mesh):
             pictures, times = np.divmod(rows, len(HELD_OUT_TIMES))
-            examples = {name: batch[name][pictures] for name in ("mean", "tokens", "token_mask", "pooled")}
-            given = (examples, np.float32(HELD_OUT_TIMES)[times], rows.astype(np.uint32))
-            made = example_losses(params, *place_batch(given, mesh), np.uint32(config.seed))
+            examples = {name: batch[name] for name in ("mean", "tokens", "token_mask", "pooled")}
+            given = place_batch((np.float32(HELD_OUT_TIMES)[times], rows.astype(np.uint32)), mesh)
+            made = example_losses(params, place_batch(examples, mesh, pictures), *given, np.uint32(config.seed))
             found.append({name: values[:new] for name, values in jax.device_get(made).items()})
         return {name: float(np.mean(np.concatenate([each[name] for each in found]))) for name in found[0]}
 
@@ -313,14 +311,12 @@ def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
     batch = held_out(config)
     cond, null, prompts = _conditioning(config, setup, batch)
     noise = np.asarray(initial_noise(config.seed, np.arange(len(prompts)), batch["mean"].shape[1:]))
-    sample, decoder_of, gather = make_sample(config, module, mesh), make_decoder(decoder), _gather(replicated(mesh))
+    sample, decoded = make_sample(config, module, mesh), make_decoder(decoder)
     held_out_loss = make_held_out_loss(config, module, decoder.config, mesh)
 
-    def decoded(weights, z: np.ndarray) -> np.ndarray:
-        return jax.device_get(gather(decoder_of(weights, place_batch(z, mesh))))
-
     def decode(z: np.ndarray) -> np.ndarray:
-        return decode_in_chunks(decoded, weights, z, batch_parts(mesh))
+        groups = ((decoded(weights, place_batch(z, mesh, rows)), new) for rows, new in _groups(len(z), mesh))
+        return np.concatenate([jax.device_get(_first(new, replicated(mesh))(pictures)) for pictures, new in groups])
 
     @functools.cache  # once in a process, and by all of them: they decode together
     def show_masks() -> None:

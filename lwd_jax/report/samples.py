@@ -162,13 +162,13 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, m
     sampler = over(mesh, make_sampler(module, request.sampling.solver))
     levels = noise_levels(request.sampling, module.config, *shape[:2])
     cond, null = (told(each, module.config, request.sampling.embedded_guidance) for each in (cond, null))
-    null = jax.tree.map(lambda x: np.repeat(x, request.batch, axis=0), null) if request.sampling.guidance > 1 else None
-    null = place_batch(null, mesh)
+    null = null if request.sampling.guidance > 1 else None
+    null = place_batch(null, mesh, np.zeros(request.batch, int))
     done = []
     for start in range(0, count, request.batch):
         # The last batch is filled up with copies, so that one program serves all.
         rows = np.minimum(np.arange(start, start + request.batch), count - 1)
-        part = place_batch((_noise(request, rows, shape), jax.tree.map(lambda x: x[rows], cond)), mesh)
+        part = place_batch(_noise(request, rows, shape), mesh), place_batch(cond, mesh, rows)
         z0 = sampler(params, *part, null, request.sampling.guidance, levels)
         done.append(np.asarray(z0)[: count - start])
         on_progress("sampling", min(start + request.batch, count), count)

@@ -182,6 +182,18 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(fake):
     assert (fake / "pip").read_text().split() == ["newest"] + ["jax==0.0.1"] * 5
 
 
+def test_a_slice_that_is_there_installs_what_another_run_began_with(fake):
+    """What is there already was installed for the first run."""
+    for worker in ("worker0", "worker1"):
+        (kept := fake / worker / "lwd_jax/second/packages.txt").parent.mkdir(parents=True)
+        kept.write_text("jax==0.0.2\n")
+    (fake / "state").write_text("READY")
+    for workdir in ("first", "second", "second", "third"):
+        launch(fake, "tpu_run.sh", *TPU, "--workdir", workdir, "--", *HOSTILE)
+    assert verbs(fake) == [] and (fake / "worker0/lwd_jax/third/packages.txt").is_file()
+    assert (fake / "pip").read_text().split() == ["newest"] * 2 + ["jax==0.0.2"] * 2 + ["newest"] * 2
+
+
 def test_preemption_ends_after_so_many_times(fake):
     (fake / "plays").write_text("preempted " * 9)
     said = launch(fake, "tpu_run.sh", *TPU, "--retries", "1", "--", *HOSTILE, code=2)
@@ -408,6 +420,21 @@ def test_a_dry_slurm_job_is_printed_only(fake):
 def test_a_slurm_job_has_the_cores_that_are_asked_for(fake, option):
     words = words_of(launch(fake, "slurm.sh", option, "--dry_run", "--", *HOSTILE).rstrip("\n"), fake)
     assert [word for word in words if word.startswith(("--cpus", "--exclusive"))] == [option]
+
+
+@pytest.mark.parametrize(
+    "words, variables, added",
+    [
+        ((), {}, True),
+        (("--comment=try --exclusive later",), {}, True),
+        ((), {"SBATCH_CPUS_PER_GPU": "16"}, False),
+        (("--tres-per-task=cpu:8",), {}, False),
+        (("--gpus", "0"), {}, False),
+    ],
+)
+def test_a_slurm_job_asks_for_cores_where_nothing_says_how_many(fake, words, variables, added):
+    said = launch(fake, "slurm.sh", *words, "--dry_run", "--", *HOSTILE, **variables)
+    assert ("--cpus-per-gpu=4" in words_of(said.rstrip("\n"), fake)) == added
 
 
 # ---------------------------------------------------------------------------------------------------------- all

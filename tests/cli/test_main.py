@@ -1,7 +1,10 @@
 """The `lwd` command itself: its version and its start; files that cannot be read or written are one sentence."""
 
+import contextlib
 import errno
 import importlib.metadata
+import os
+import signal
 import subprocess
 import sys
 
@@ -55,6 +58,25 @@ sys.exit(program.command())
 @pytest.mark.parametrize("error, code", [("KeyboardInterrupt", 130), ("SystemExit(143)", 143)])
 def test_an_interrupted_command_ends_at_once_while_something_is_computed(error, code):
     assert subprocess.run([sys.executable, "-c", INTERRUPTED.format(error=error)]).returncode == code
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_signal_leaves_the_terminal_as_it_was(number, code):
+    """Its cursor, which a bar hides."""
+    program = (
+        "import os, time; from lwd_jax.cli.progress import progress\n"
+        f"with progress() as show: show('x', 0, 1); time.sleep(0.3); os.kill(os.getpid(), {int(number)}); time.sleep(9)"
+    )
+    terminal, other = os.openpty()
+    environ = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=other, stderr=subprocess.DEVNULL, env=environ)
+    os.close(other)
+    said = b""
+    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as file:  # EIO: the other end is closed
+        while part := file.read(4096):
+            said += part
+    assert process.wait(60) in (code, -number)
+    assert said.count(b"\x1b[?25l") == said.count(b"\x1b[?25h") == 1
 
 
 def test_commands_start_without_what_few_of_them_use(tmp_path):

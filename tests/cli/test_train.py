@@ -181,6 +181,10 @@ def test_settings_that_nothing_reads_are_told_of(root, tmp_path, capsys, monkeyp
     assert main(command(root, tmp_path / "run", *overrides, stage=2)[3:]) == 0
     sentence = "Config 'matching.softness' has no effect with matching.mask 'time'."
     assert capsys.readouterr().out.count(sentence) == 1
+    # A run that has begun is what it is.
+    monkeypatch.setattr("lwd_jax.cli.train.saved_steps", lambda workdir: [2])
+    assert main(command(root, tmp_path / "run", *overrides, stage=2)[3:]) == 0
+    assert sentence not in capsys.readouterr().out
 
 
 def test_too_little_shared_memory_for_the_workers_is_told(root, tmp_path, monkeypatch, capsys):

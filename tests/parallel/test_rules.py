@@ -1,12 +1,13 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from lwd_jax import config as configs
 from lwd_jax.errors import UserError
 from lwd_jax.parallel.mesh import make_mesh
-from lwd_jax.parallel.rules import batch_shardings, param_shardings, spec_of
+from lwd_jax.parallel.rules import batch_shardings, param_shardings, place_batch, spec_of
 
 MESH = make_mesh(configs.Mesh(data=1, fsdp=2, context=2, tensor=2))
 F32 = 4
@@ -84,3 +85,16 @@ def test_batches_are_split_over_pictures_and_height(shape, spec):
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match="3 pictures"):
         batch_shardings(_batch((3, 8, 8, 16)), MESH)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (2, 1, 4, 1), (1, 1, 8, 1)])
+@pytest.mark.parametrize("shape", [(5, 4, 6, 3), (5, 6, 8, 2), (5, 7, 5, 1), (5, 9), (5,)])
+@pytest.mark.parametrize("kind", [np.float32, np.bool_, np.uint32])
+def test_rows_are_placed_as_the_whole_batch_would_be(sizes, shape, kind):
+    mesh, random = make_mesh(configs.Mesh(*sizes)), np.random.default_rng(0)
+    host, rows = random.integers(0, 100, shape).astype(kind), random.integers(0, 5, 8)
+    placed, whole = place_batch(host, mesh, rows), place_batch(host[rows], mesh)
+    np.testing.assert_array_equal(placed, host[rows])
+    np.testing.assert_array_equal(whole, host[rows])
+    assert placed.sharding == whole.sharding == batch_shardings({"": host[rows]}, mesh)[""]
+    assert placed.dtype == kind and place_batch(None, mesh, rows) is None

@@ -58,7 +58,7 @@ def test_every_part_is_told_when_it_begins_and_ends(runs, exported, tmp_path):
     told = []
     export(runs[1], tmp_path / "model", on_progress=lambda *what: told.append(what))
     import_models(exported, tmp_path / "workdir", on_progress=lambda *what: told.append(what))
-    parts = ("autoencoder", "reading the backbone", "writing the backbone")
+    parts = ("autoencoder", "reading the backbone", "writing the backbone", "text encoders")
     parts += ("reading the backbone", "writing the checkpoint")
     assert told == [(part, done, 1) for part in parts for done in (0, 1)]
 
