@@ -10,8 +10,9 @@ from lwd_jax.files import cleared_up
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (what, done, total) that draws one bar for each `what`, on the terminal only, which a SIGTERM leaves
-    as it was.
+    """A function of (what, done, total) that draws one bar for each `what`, on the terminal only.
+
+    A signal leaves the terminal as it was.
     """
     columns = (
         TextColumn("{task.description}"),
