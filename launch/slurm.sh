@@ -73,11 +73,10 @@ nodes=1 gpus=8 retries=10 dry_run='' options=()
 # shellcheck source=launch/arguments.sh
 source "$root/launch/arguments.sh"
 stray() {
-  [[ "$1" == --*=* || "$1" == --exclusive ]] || die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --."
+  [[ "$1" == --*=* || "$1" == --exclusive ]] ||
+    die "'$1' is no option; write those of sbatch as --option=value, those of lwd train after --."
   options+=("$1")
 }
-parse_arguments 'nodes|gpus|retries' dry_run "$@"
-[[ "$nodes$gpus$retries" =~ ^[0-9]+$ ]] || die "--nodes, --gpus and --retries must be whole numbers."
 says_cores() { # whether the options, or sbatch's variables, say how many
   local option
   [[ -z "${SBATCH_CPUS_PER_GPU:-}${SBATCH_CPUS_PER_TASK:-}${SBATCH_EXCLUSIVE:-}" ]] || return 0
@@ -86,6 +85,8 @@ says_cores() { # whether the options, or sbatch's variables, say how many
   done
   return 1
 }
+parse_arguments 'nodes|gpus|retries' dry_run "$@"
+[[ "$nodes$gpus$retries" =~ ^[0-9]+$ ]] || die "--nodes, --gpus and --retries must be whole numbers."
 ((gpus == 0)) || says_cores || options+=(--cpus-per-gpu=4)
 command=(
   sbatch --job-name=lwd --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" --requeue --open-mode=append

@@ -31,9 +31,8 @@ gcloud, logged in.
 
 The run starts with the flags of XLA that `lwd plan --flags TYPE` prints, and those of LIBTPU_INIT_ARGS on the workers.
 Paths after -- are the workers', relative to a copy of this checkout. Compiled programs are kept in DIR/compiled, so
-that a slice that was made again does not compile again; so are, in a folder, the names and versions of what was
-installed, DIR/packages.txt, which such a slice installs again. For newer ones remove the file
-and the slice.
+that a slice that was made again does not compile again; so are the names and versions of what was installed, in
+DIR/packages.txt (not under gs://), and such a slice installs the same. For newer ones remove the file and the slice.
 
 example:
   bash launch/tpu_run.sh --name sd3 --zone us-west4-a --type v5litepod-16 --spot --queued --bucket my-bucket \

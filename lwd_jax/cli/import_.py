@@ -25,9 +25,15 @@ def arguments(parser):
 
 def run(args):
     jax.config.update("jax_platforms", "cpu")  # an accelerator is left alone, as by `lwd export`
-    how = {"stage": args.stage, "adapter": args.adapter, "overwrite": args.overwrite}
     with progress() as show:
-        config = import_models(args.models, args.workdir, on_progress=show, **how)
+        config = import_models(
+            args.models,
+            args.workdir,
+            stage=args.stage,
+            adapter=args.adapter,
+            overwrite=args.overwrite,
+            on_progress=show,
+        )
     field = "autoencoder" if config.stage == 1 else "backbone"
     variant = getattr(config.models, f"{field}_variant")
     name = f"{field} ({variant})" if variant else field

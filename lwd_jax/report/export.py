@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from lwd_jax.adapters.lora import settings_of
 from lwd_jax.adapters.peft import FILE, KOHYA_FILE, as_kohya, as_peft, read_file, write_file
 from lwd_jax.autoencoders import save_autoencoder
 from lwd_jax.backbones import class_of, extend_backbone, save_backbone, weights_of
-from lwd_jax.config import Adapter, Config, Models, Sampling, Training, to_json
+from lwd_jax.config import Config, Models, Sampling, Training, to_json
 from lwd_jax.errors import UserError, choose, read_json
 from lwd_jax.files import locate, locked
 from lwd_jax.report.card import write_card
@@ -31,6 +30,7 @@ from lwd_jax.report.pipeline import (
     WorkdirModels,
     open_models,
 )
+from lwd_jax.report.progress import Show, ignore, shown
 from lwd_jax.report.staging import check_free, staged
 from lwd_jax.sample.schedule import TRAIN_TIMES
 from lwd_jax.sample.solvers import SCHEDULERS
@@ -47,21 +47,6 @@ IMPORTED = f"{FOLDER}/0/{SEAL}"  # what an import has and no run: a run saves af
 DTYPES = ("float32", "bfloat16", "float16")
 # What comes of a run of adapters: a pipeline with them in its weights, or a file of them alone.
 FORMS = {"merged": None, "adapter": (FILE, as_peft), "kohya": (KOHYA_FILE, as_kohya)}
-
-
-Show = Callable[[str, int, int], None]
-
-
-def _ignore(what: str, done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-@contextlib.contextmanager
-def _part(show: Show, what: str) -> Iterator[None]:
-    """A part of the work that says nothing while it runs: of a large model each takes a minute."""
-    show(what, 0, 1)
-    yield
-    show(what, 1, 1)
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -106,24 +91,24 @@ def _add_scheduler(folder: Path, sampling: Sampling, family: Family) -> str:
 
 def _export_autoencoder(folder: Path, models: WorkdirModels, dtype, show: Show) -> tuple[dict, dict, int]:
     """Stage 1: (entries of model_index.json, fingerprints, step). An autoencoder alone is no pipeline: no entries."""
-    with _part(show, "reading the autoencoder"):
+    with shown(show, "reading the autoencoder"):
         _, module, params, step = models.trained()
-    with _part(show, "writing the autoencoder"):
+    with shown(show, "writing the autoencoder"):
         save_autoencoder(folder / "vae", module, params, dtype=dtype)
         return {}, {"autoencoder": fingerprint(params)}, step
 
 
 def _export_pipeline(folder: Path, models: WorkdirModels, dtype, show: Show) -> tuple[dict, dict, int]:
     """Stage 2: the same, one model in memory at a time."""
-    with _part(show, "autoencoder"):
+    with shown(show, "autoencoder"):
         module, params = models.autoencoder()
         save_autoencoder(folder / "vae", module, params, dtype=dtype)
         fingerprints = {"autoencoder": fingerprint(params)}
         del params
-    with _part(show, "reading the backbone"):
+    with shown(show, "reading the backbone"):
         _, module, params, step = models.trained()
         module, params = extend_backbone(module, merged(params), models.config.resolution)
-    with _part(show, "writing the backbone"):
+    with shown(show, "writing the backbone"):
         save_backbone(folder / "transformer", module, params, dtype=dtype)
         fingerprints["backbone"] = fingerprint(params)
     name = class_of(module)
@@ -136,14 +121,14 @@ def _export_pipeline(folder: Path, models: WorkdirModels, dtype, show: Show) -> 
         "image_encoder": (None, None),
         "feature_extractor": (None, None),
     }
-    with _part(show, "text encoders"):
+    with shown(show, "text encoders"):
         return parts | _add_text(folder, models, family), fingerprints, step
 
 
 def _export_adapters(folder: Path, models: WorkdirModels, dtype, show: Show, form: str) -> tuple[dict, dict, int]:
     """The adapters of a run alone; of model_index.json, which does not come of it, the pipeline they are for."""
     name, layout = FORMS[form]
-    with _part(show, "reading the backbone and its adapters"):
+    with shown(show, "reading the backbone and its adapters"):
         _, module, params, step = models.trained()
     write_file(folder / name, weights_of(module), params, layout=layout, dtype=dtype)
     base = read_description(models.path)["base"]["fingerprint"]
@@ -182,7 +167,7 @@ def export(
     base: str = "",
     form: str = "merged",
     overwrite: bool = False,
-    on_progress: Show = _ignore,
+    on_progress: Show = ignore,
 ) -> Path:
     """Writes a run's models as a diffusers folder with a model card, or its adapters alone; whole or not at all.
 
@@ -233,12 +218,17 @@ def _variant(model: Model, sizes) -> str:
     return next((name for name, known in model.variants.items() if known == sizes), "")
 
 
-def _read_adapters(kind: Kind, opened: Opened, file: str) -> tuple[dict, Adapter]:
-    """The factors in a file of adapters, and the config of a run that would have them."""
+def _read_weights(kind: Kind, opened: Opened, path: str, adapter: str, show: Show) -> tuple[dict, dict, dict]:
+    """(what the checkpoint is to hold, sections of the config, what else is said of the model)."""
+    if not adapter:
+        with shown(show, f"reading the {kind.field}"):
+            return opened.params(), {}, {}
     if kind is not BACKBONE:
         raise UserError("Adapters are of a backbone, but an autoencoder was to be imported.")
-    factors = read_file(file, weights_of(opened.module), opened.abstract())
-    return jax.tree.map(jnp.asarray, factors), settings_of(factors)
+    factors = read_file(adapter, weights_of(opened.module), opened.abstract())
+    with shown(show, "fingerprint of the base"):
+        base = {"path": path, "fingerprint": opened.fingerprint()}
+    return jax.tree.map(jnp.asarray, factors), {"adapter": settings_of(factors)}, {"base": base}
 
 
 def import_models(
@@ -248,7 +238,7 @@ def import_models(
     stage: int = 0,
     adapter: str = "",
     overwrite: bool = False,
-    on_progress: Show = _ignore,
+    on_progress: Show = ignore,
 ) -> Config:
     """Makes a workdir whose checkpoint of step 0 holds the weights of a diffusers folder, which must cover the model.
 
@@ -284,11 +274,7 @@ def import_models(
         f"{kind.field}_variant": _variant(opened.model, opened.module.config),
     }
     settings = {"resolution": source.resolution(), "sampling": source.sampling()} if kind is BACKBONE else {}
-    params, extra = None, {}
-    if adapter:
-        params, settings["adapter"] = _read_adapters(kind, opened, adapter)
-        with _part(on_progress, "fingerprint of the base"):
-            extra = {"base": {"path": path, "fingerprint": opened.fingerprint()}}
+    params, found, extra = _read_weights(kind, opened, path, adapter, on_progress)
     # No average: there is nothing to continue here, only weights to start from.
     config = Config(
         name=f"import of {source.path.name}",
@@ -296,11 +282,9 @@ def import_models(
         models=Models(**names),
         training=Training(ema=0.0),
         **settings,
+        **found,
     )
-    if params is None:
-        with _part(on_progress, f"reading the {kind.field}"):
-            params = opened.params()
-    with _part(on_progress, "writing the checkpoint"):
+    with shown(on_progress, "writing the checkpoint"):
         _write_import(locate(workdir), overwrite, config, params, describe(kind, opened, extra))
     return config
 

@@ -8,7 +8,7 @@ over time. The training loop calls `previews(step, params)` on every process; pr
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from lwd_jax.parallel.mesh import batch_parts
 from lwd_jax.parallel.rules import place_batch, replicated
 from lwd_jax.report import figures
 from lwd_jax.report.pipeline import open_models
-from lwd_jax.sample.generate import initial_noise, make_decoder, make_sampler, to_uint8
+from lwd_jax.sample.generate import groups, initial_noise, make_decoder, make_sampler, to_uint8
 from lwd_jax.sample.schedule import noise_levels
 from lwd_jax.train.setup import Setup
 
@@ -208,15 +208,6 @@ def _first(count: int, everywhere: NamedSharding) -> Callable:
     return jax.jit(lambda x: x[:count], out_shardings=everywhere)
 
 
-def _groups(count: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, int]]:
-    """(rows of as many pictures as the mesh holds at a time, how many of them are new): the last are copies, so that
-    one program serves all.
-    """
-    together = batch_parts(mesh)
-    for start in range(0, count, together):
-        yield np.minimum(np.arange(start, start + together), count - 1), min(together, count - start)
-
-
 def make_sample(config: Config, module, mesh: Mesh) -> Callable:
     """`f(params, noise [B h w C], cond, null) -> z0` on the host, with the config's sampling settings, one picture at
     a time on every place along `data` and `fsdp`.
@@ -227,7 +218,7 @@ def make_sample(config: Config, module, mesh: Mesh) -> Callable:
         levels = noise_levels(sampling, module.config, *noise.shape[1:3])
         cond, null = (each and told(each, module.config, sampling.embedded_guidance) for each in (cond, null))
         null, made = place_batch(null, mesh, np.zeros(batch_parts(mesh), int)), []
-        for rows, new in _groups(len(noise), mesh):
+        for rows, new in groups(len(noise), batch_parts(mesh)):
             z0 = sampler(params, *place_batch((noise, cond), mesh, rows), null, sampling.guidance, levels)
             made.append(jax.device_get(_first(new, replicated(mesh))(z0)))
         return np.concatenate(made)
@@ -276,10 +267,9 @@ def make_held_out_loss(config: Config, module, autoencoder: kl.Config, mesh: Mes
     example_losses = _example_losses(plain, module, autoencoder, replicated(mesh))
 
     def loss(params, batch: dict) -> dict[str, float]:
-        found = []
-        for rows, new in _groups(len(batch["mean"]) * len(HELD_OUT_TIMES), mesh):
+        examples, found = {name: batch[name] for name in ("mean", "tokens", "token_mask", "pooled")}, []
+        for rows, new in groups(len(batch["mean"]) * len(HELD_OUT_TIMES), batch_parts(mesh)):
             pictures, times = np.divmod(rows, len(HELD_OUT_TIMES))
-            examples = {name: batch[name] for name in ("mean", "tokens", "token_mask", "pooled")}
             given = place_batch((np.float32(HELD_OUT_TIMES)[times], rows.astype(np.uint32)), mesh)
             made = example_losses(params, place_batch(examples, mesh, pictures), *given, np.uint32(config.seed))
             found.append({name: values[:new] for name, values in jax.device_get(made).items()})
@@ -315,8 +305,11 @@ def stage2_previews(config: Config, setup: Setup, workdir: Path) -> Previews:
     held_out_loss = make_held_out_loss(config, module, decoder.config, mesh)
 
     def decode(z: np.ndarray) -> np.ndarray:
-        groups = ((decoded(weights, place_batch(z, mesh, rows)), new) for rows, new in _groups(len(z), mesh))
-        return np.concatenate([jax.device_get(_first(new, replicated(mesh))(pictures)) for pictures, new in groups])
+        made = []
+        for rows, new in groups(len(z), batch_parts(mesh)):
+            pictures = decoded(weights, place_batch(z, mesh, rows))
+            made.append(jax.device_get(_first(new, replicated(mesh))(pictures)))
+        return np.concatenate(made)
 
     @functools.cache  # once in a process, and by all of them: they decode together
     def show_masks() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,8 @@ from lwd_jax.nn.conditioning import Conditioning, told
 from lwd_jax.parallel.mesh import batch_parts, make_mesh, over
 from lwd_jax.parallel.rules import param_shardings, place_batch, replicated
 from lwd_jax.report.pipeline import FolderModels, WorkdirModels
-from lwd_jax.sample.generate import decode_in_chunks, initial_noise, make_decoder, make_sampler
+from lwd_jax.report.progress import Show, ignore
+from lwd_jax.sample.generate import groups, initial_noise, make_decoder, make_sampler
 from lwd_jax.sample.schedule import noise_levels, sigmas
 
 INDEX = "samples.json"
@@ -165,18 +166,12 @@ def _latents(models, request: Request, cond: Conditioning, null: Conditioning, m
     null = null if request.sampling.guidance > 1 else None
     null = place_batch(null, mesh, np.zeros(request.batch, int))
     done = []
-    for start in range(0, count, request.batch):
-        # The last batch is filled up with copies, so that one program serves all.
-        rows = np.minimum(np.arange(start, start + request.batch), count - 1)
+    for rows, new in groups(count, request.batch):
         part = place_batch(_noise(request, rows, shape), mesh), place_batch(cond, mesh, rows)
         z0 = sampler(params, *part, null, request.sampling.guidance, levels)
-        done.append(np.asarray(z0)[: count - start])
-        on_progress("sampling", min(start + request.batch, count), count)
+        done.append(np.asarray(z0)[:new])
+        on_progress("sampling", rows[0] + new, count)
     return np.concatenate(done)
-
-
-def _ignore(what: str, done: int, total: int) -> None:
-    """No progress is shown."""
 
 
 def sample_pictures(
@@ -184,7 +179,7 @@ def sample_pictures(
     request: Request,
     cond: Conditioning,
     null: Conditioning,
-    on_progress: Callable[[str, int, int], None] = _ignore,
+    on_progress: Show = ignore,
     mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """The pictures of a request, in order. Backbone and autoencoder are in memory one after the other.
@@ -212,14 +207,10 @@ def sample_pictures(
     if module.config.latent_channels != z0.shape[-1]:
         channels = module.config.latent_channels
         raise UserError(f"The autoencoder has {channels} latent channels, but the backbone {z0.shape[-1]}.")
-    decoder, together = over(mesh, make_decoder(module)), batch_parts(mesh)
-
-    def decode(params, z0):
-        return decoder(params, place_batch(z0, mesh))
-
-    for start in range(0, len(z0), together):
-        pictures = decode_in_chunks(decode, params, z0[start : start + together], together)
-        on_progress("decoding", start + len(pictures), len(z0))
+    decoder = over(mesh, make_decoder(module))
+    for rows, new in groups(len(z0), batch_parts(mesh)):
+        pictures = np.asarray(decoder(params, place_batch(z0, mesh, rows)))[:new]
+        on_progress("decoding", rows[0] + new, len(z0))
         yield from pictures
 
 

@@ -1,6 +1,7 @@
 """Noise and conditioning -> latent -> picture."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -101,23 +102,16 @@ def make_decoder(autoencoder):
     return jax.jit(decode)
 
 
-def decode_in_chunks(decode, params, z0, chunk: int = 1) -> np.ndarray:
-    """`decode(params, .)` over `chunk` latents at a time, on the host: memory does not grow with their number.
-
-    The last chunk is filled up with copies, so that one program serves all.
+def groups(count: int, together: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Pictures so many at a time: memory does not grow with their number.
 
     Args:
-      decode: of `make_decoder`.
-      params: of the autoencoder.
-      z0: [B h w C], on the host.
-      chunk: latents per call.
+      count: of the pictures.
+      together: how many at a time.
 
-    Returns:
-      uint8 [B H W 3] on the host.
+    Yields:
+      The rows of a group [together], and how many of them are new: the last group is filled up with copies of the last
+      picture, so that one program serves all.
     """
-    parts = []
-    for start in range(0, len(z0), chunk):
-        part = z0[start : start + chunk]
-        filled = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
-        parts.append(np.asarray(decode(params, filled))[: len(part)])
-    return np.concatenate(parts)
+    for start in range(0, count, together):
+        yield np.minimum(np.arange(start, start + together), count - 1), min(together, count - start)

@@ -7,7 +7,7 @@ import pytest
 
 from lwd_jax.errors import UserError
 from lwd_jax.nn.conditioning import Conditioning
-from lwd_jax.sample.generate import decode_in_chunks, generate, guided, initial_noise, make_sampler, to_uint8
+from lwd_jax.sample.generate import generate, groups, guided, initial_noise, make_sampler, to_uint8
 from lwd_jax.sample.schedule import sigmas
 
 
@@ -80,14 +80,10 @@ def test_uint8_equals_the_diffusers_image_processor():
     np.testing.assert_array_equal(jax.jit(to_uint8)(x)[0], theirs)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 9])
-def test_chunks_change_nothing_and_bound_the_batch(chunk):
-    seen = []
-
-    def decode(params, z):
-        seen.append(len(z))
-        return to_uint8(z * params)
-
-    z0 = normal(2, 5, 3, 2, 3)
-    np.testing.assert_array_equal(decode_in_chunks(decode, 0.5, z0, chunk), to_uint8(z0 * 0.5))
-    assert set(seen) == {chunk}
+@pytest.mark.parametrize("together", [1, 2, 4, 5, 9])
+def test_groups_change_nothing_and_bound_the_batch(together):
+    z0, made = normal(2, 5, 3, 2, 3), []
+    for rows, new in groups(len(z0), together):
+        assert len(rows) == together
+        made.append(to_uint8(z0[rows] * 0.5)[:new])
+    np.testing.assert_array_equal(np.concatenate(made), to_uint8(z0 * 0.5))
